@@ -1,0 +1,49 @@
+"""Randomness as a function: every generator is seeded from a key, so no stream has to be saved.
+
+A key is a hash of words that say where in the run we are, for example::
+
+    (seed, "build")                     first weights
+    (seed, "order", epoch)              the permutation of an epoch
+    (seed, "train", epoch, position)    the augmentation of one sample
+    (seed, "step", step, micro_step)    dropout in one forward and backward
+
+The invariant: equal words give equal random numbers, in any process, with any number of workers, and
+whatever ran before. Keys are hashed, never added: with `seed + epoch`, epoch 1 of seed 0 would be
+epoch 0 of seed 1.
+"""
+
+from __future__ import annotations
+
+import random
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+Word = int | str
+
+
+def key(*words: Word) -> int:
+    """Hash words to 64 bits, the same in every process and on every machine."""
+    return int.from_bytes(blake2b(repr(words).encode(), digest_size=8).digest(), "little")
+
+
+def seed(*words: Word) -> None:
+    """Seed python's, numpy's, and torch's generators, on the CPU and every CUDA device, from a key.
+
+    Costs about 8 microseconds. `torch.manual_seed` is avoided because it alone takes ten times as
+    long while CUDA is not yet initialised: it formats a stack trace.
+    """
+    bits = key(*words)
+    random.seed(bits)
+    # 32 bits: a list of words takes ten times as long. Some samples will share numpy's noise.
+    np.random.seed(bits & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(bits)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(bits)
+
+
+def generator(*words: Word) -> torch.Generator:
+    """Return a torch generator of its own, seeded from a key."""
+    return torch.Generator().manual_seed(key(*words))
