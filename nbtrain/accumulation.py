@@ -1,0 +1,88 @@
+"""Micro-batches to one update, with one denominator a window.
+
+A window is the samples of one optimizer step. Each micro-step adds its share, mean loss times its
+samples over the window's samples, so the gradient is the mean over all samples of the window: also
+in the ragged tail of an epoch, where the last micro-batch or the last window is smaller, and where
+dividing by a fixed number of micro-steps goes wrong.
+
+Parameters do not change inside a window. That makes it atomic: whatever happens inside, its start is
+still at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Window:
+    """One optimizer step in the making.
+
+    Args:
+        num_samples: Samples that the window will hold, known before it begins.
+        num_micro_steps: Micro-steps that it will take.
+    """
+
+    num_samples: int
+    num_micro_steps: int
+    micro_step: int = 0
+    weight: float = 0.0
+    loss: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every micro-step is done."""
+        return self.micro_step == self.num_micro_steps
+
+    def add(self, loss: Tensor, n: float) -> None:
+        """Run backward for a micro-step's mean loss, which stands for n samples.
+
+        Args:
+            loss: Mean over the micro-batch, shape ().
+            n: Samples in it; or tokens, boxes: whatever the mean was taken over.
+        """
+        share = n / self.num_samples
+        try:
+            # With one micro-step a window the share is 1: the very bits of a plain loop.
+            (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "second time" in str(error):
+                error.add_note("session.update(loss) does the backward: leave loss.backward() out.")
+            raise
+        part = loss.detach() * share
+        self.loss = part if self.loss is None else self.loss + part
+        self.weight += n
+        self.micro_step += 1
+
+    def finish(self, parameters: Iterable[Tensor], clip_norm: float | None = None) -> Tensor:
+        """Make the gradients those of the window's mean loss, clip them, and return that loss.
+
+        Where n counted something else than samples, the true denominator is known only now.
+        """
+        assert self.loss is not None
+        parameters = [p for p in parameters if p.grad is not None]
+        if self.weight != self.num_samples:
+            correction = self.num_samples / self.weight
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], correction)
+            self.loss = self.loss * correction
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        return self.loss
+
+
+def plan(left: int, *, batch_size: int, accumulate: int, drop_last: bool = False) -> Window | None:
+    """Return the next window of an epoch with so many samples left, or None at the epoch's end.
+
+    A window never reaches over the end of an epoch: the tail is a smaller window of its own. With
+    `drop_last` a last micro-batch that is not full is left out.
+    """
+    if drop_last:
+        left -= left % batch_size
+    num_samples = min(left, batch_size * accumulate)
+    if num_samples <= 0:
+        return None
+    return Window(num_samples, -(-num_samples // batch_size))
