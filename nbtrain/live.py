@@ -1,0 +1,233 @@
+"""What is alive in a session, what a window does to it, and how it becomes a snapshot.
+
+All state of a run is here and nowhere else: the place (step, epoch, position), the task, the journal,
+the history, the losses not yet read, and the window that is under way. A snapshot taken inside a
+window is of the window's start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbtrain import accumulation, parts, trees
+from nbtrain.checkpoint import Snapshot
+from nbtrain.data import Order
+from nbtrain.errors import LossError
+from nbtrain.history import History
+from nbtrain.journal import Journal
+from nbtrain.task import Task
+
+
+class Live:
+    """A run at a place.
+
+    Args:
+        task: Model, optimizer, parts.
+        journal: The settings in force.
+        order: How many samples an epoch has.
+        drop_last: Whether an epoch's last micro-batch is left out if it is not full.
+        clip_norm: Largest norm of a step's gradient, or None.
+    """
+
+    def __init__(
+        self, task: Task, journal: Journal, order: Order, drop_last: bool, clip_norm: float | None
+    ) -> None:
+        self.task, self.journal = task, journal
+        self.history = History()
+        self.stage = 1
+        self.step = self.epoch = self.position = 0
+        self.train_s = 0.0
+        self.stages: list[dict[str, Any]] = []
+        self.logged: dict[str, float] = {}
+        self.loss = math.nan
+        self.window: accumulation.Window | None = None
+        self.is_torn = False
+        self._order, self._drop_last, self._clip_norm = order, drop_last, clip_norm
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._start = parts.Start(task)
+        self.num_samples = order.length(0)
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Step, epoch, and position in the epoch in samples."""
+        return self.step, self.epoch, self.position
+
+    @property
+    def progress(self) -> float:
+        """Samples seen, as epochs."""
+        return self.epoch + self.position / self.num_samples
+
+    @property
+    def num_seen(self) -> int:
+        """Samples seen, were every epoch as long as this one."""
+        return self.epoch * self.num_samples + self.position
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, first group."""
+        if self.journal.writes_rates:
+            return self.journal.rates(self.progress)[0]
+        return float(self.task.optimizer.param_groups[0]["lr"])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are trained."""
+        epochs = self.journal.settings["epochs"]
+        return epochs is not None and self.epoch >= epochs
+
+    def edit(self, changes: dict[str, Any]) -> None:
+        """Change settings by hand, from here on."""
+        self.journal.edit(self.step, self.progress, "hand", **changes)
+
+    def next_window(self) -> accumulation.Window | None:
+        """Return the window that comes next, or None at the end of the epoch."""
+        return accumulation.plan(
+            self.num_samples - self.position,
+            batch_size=self.journal.settings["batch_size"],
+            accumulate=self.journal.settings["accumulate"],
+            drop_last=self._drop_last,
+        )
+
+    def enter(self, reason: str | None, now: float) -> None:
+        """Write into the list of stages how this one goes: begun, its first step done, ended."""
+        if not self.stages or self.stages[-1]["stage"] != self.stage:
+            new = {"stage": self.stage, "from_step": self.step, "began_at": now}
+            self.stages.append(new | {"first_step_at": None, "ended": None})
+        stage = self.stages[-1]
+        stage["ended"] = reason
+        if stage["first_step_at"] is None and self.step > stage["from_step"]:
+            stage["first_step_at"] = now
+
+    def begin(self, window: accumulation.Window) -> None:
+        """Begin a window, remembering what a forward pass may change."""
+        self._start.mark()
+        self.window = window
+
+    def go_back(self) -> None:
+        """Be again at the start of the window that is under way, if one is."""
+        if self.window is not None:
+            self._start.go_back()
+            self.window = None
+
+    def update(self, window: accumulation.Window) -> None:
+        """End a full window: clip, write the rates, step, count."""
+        optimizer = self.task.optimizer
+        groups = optimizer.param_groups
+        self.is_torn = True
+        loss = window.finish((p for group in groups for p in group["params"]), self._clip_norm)
+        if self.journal.writes_rates:
+            for group, lr in zip(groups, self.journal.rates(self.progress), strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+        lr = float(groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.position += window.num_samples
+        self.window = None
+        self.is_torn = False
+        self._pending.append((self._row(lr), loss))
+
+    def settle(self) -> None:
+        """Read the losses off the device, into the history.
+
+        Raises:
+            LossError: one is not finite; what is alive is spoilt.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        losses = torch.stack([loss for _, loss in pending]).tolist()
+        for (row, _), loss in zip(pending, losses, strict=True):
+            if not math.isfinite(loss):
+                raise self._spoilt(f"The loss is {loss}", row)
+            self.history.add(loss=loss, **row)
+            self.loss = loss
+
+    def check(self) -> None:
+        """Settle, and look at the weights: a gradient may be infinite where the loss was not.
+
+        Raises:
+            LossError: a loss or a weight is not finite; what is alive is spoilt.
+        """
+        self.settle()
+        trained = {n: p.detach() for n, p in self.task.model.named_parameters() if p.requires_grad}
+        if trained and not torch.stack([p.isfinite().all() for p in trained.values()]).all():
+            name = next(n for n, p in trained.items() if not p.isfinite().all())
+            raise self._spoilt(f"The weights {name!r} are not finite", self._row(self.lr))
+
+    def close_epoch(self, metrics: dict[str, float]) -> dict[str, float]:
+        """End the epoch, writing into the history what its validation gave and what was logged."""
+        metrics = self.logged | metrics
+        row = self._row(self.lr) | {"loss": self.loss}
+        if self.history.last is not None:  # the rate of a step that was, not of one to come
+            row["lr"] = self.history.last["lr"]
+        self.history.close_epoch(row | metrics)
+        self.logged = {}
+        self.epoch, self.position = self.epoch + 1, 0
+        self.num_samples = self._order.length(self.epoch)
+        return metrics
+
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Copy everything to the CPU: the model's tensors, other tensors, plain values.
+
+        Raises:
+            LossError: a loss or a weight is not finite; what is alive is spoilt.
+        """
+        self.check()
+        start = self._start if self.window is not None else None
+        model, tensors, found = parts.take(self.task, self.history, start)
+        state = {
+            "place": list(self.place),
+            "stage": self.stage,
+            "stages": [dict(stage) for stage in self.stages],
+            "train_s": self.train_s,
+            "logged": trees.flatten(self.logged, "logged", {}),
+            "loss": None if math.isnan(self.loss) else self.loss,
+            "journal": self.journal.state_dict(),
+            "trees": found,
+        }
+        return model, tensors, state
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Be what was taken.
+
+        Raises:
+            CheckpointError: it does not fit; nothing was changed.
+        """
+        state = snapshot.state
+        parts.put(self.task, self.history, snapshot.model, snapshot.tensors, state["trees"])
+        self.journal = Journal.from_state_dict(state["journal"])
+        self.step, self.epoch, self.position = state["place"]
+        self.stage, self.stages = state["stage"], list(state["stages"])
+        self.train_s, self.logged = state["train_s"], trees.restore(state["logged"], {})
+        self.loss = math.nan if state["loss"] is None else state["loss"]
+        self.num_samples = self._order.length(self.epoch)
+        self.task.optimizer.zero_grad(set_to_none=True)
+        self.window, self.is_torn, self._pending = None, False, []
+
+    def _spoilt(self, what: str, row: dict[str, Any]) -> LossError:
+        self.is_torn = True
+        return LossError(
+            f"{what} at step {row['step']} "
+            f"(epoch {row['progress']:.3f}, learning rate {row['lr']:.3g}).\n"
+            "The session is back at its last good checkpoint. "
+            f"Lower the rate there, session.set(lr={self.journal.peak_lr / 3:.2g}), "
+            "and run it again."
+        )
+
+    def _row(self, lr: float) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "step": self.step,
+            "progress": self.progress,
+            "lr": lr,
+            "seconds": self.train_s,
+        }

@@ -1,0 +1,190 @@
+"""What is alive, to a snapshot and back: the model, the optimizer, the history, the user's parts.
+
+Putting back checks first and touches nothing until everything fits: names, shapes and dtypes of the
+model, class and groups of the optimizer, the set of parts. The learning rate is not restored here: it
+is written before each step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbtrain import trees
+from nbtrain.errors import CheckpointError, NbtrainWarning, explain
+from nbtrain.history import History
+from nbtrain.task import Task
+
+MISFIT = "Build the session as it was, or give the new one another name; the checkpoint is untouched."
+
+
+class Start:
+    """The start of a window: what a forward pass may change, kept until the window is done.
+
+    Parameters and optimizer state do not change inside a window, so with the buffers (BatchNorm's
+    running statistics) and the parts this is all that it takes to go back.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        # Owners and not tensors: a module may bind a new tensor to a buffer's name in forward.
+        self._owners = {
+            f"{prefix}.{name}".lstrip("."): (module, name)
+            for prefix, module in task.model.named_modules(remove_duplicate=False)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        self._kept = [buffer.detach().clone() for buffer in self._live()]
+        self._parts: dict[str, Any] = {}
+
+    def mark(self) -> None:
+        """Remember this moment."""
+        if self._kept:
+            torch._foreach_copy_(self._kept, self._live())
+        for name, part in self._task.parts.items():
+            tensors: dict[str, Tensor] = {}
+            self._parts[name] = tensors, trees.flatten(part.state_dict(), f"parts/{name}", tensors)
+
+    def go_back(self) -> None:
+        """Make the model and the parts what they were, and drop the window's gradients."""
+        if self._kept:
+            torch._foreach_copy_(self._live(), self._kept)
+        for name, (tensors, tree) in self._parts.items():
+            self._task.parts[name].load_state_dict(trees.restore(tree, tensors))
+        self._task.optimizer.zero_grad(set_to_none=True)
+
+    def _live(self) -> list[Tensor]:
+        found = (module._buffers[name] for module, name in self._owners.values())
+        return [buffer.detach() for buffer in found if buffer is not None]
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The model's buffers as they were."""
+        return dict(zip(self._owners, self._kept, strict=True))
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """The parts as they were: (tensors, tree) by name."""
+        return self._parts
+
+
+def take(
+    task: Task, history: History, start: Start | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Copy everything to the CPU: (the model's tensors, other tensors, the trees they hang on).
+
+    Args:
+        task: What is alive.
+        history: Its rows.
+        start: The start of the window that is under way, if one is: the copy is of that moment.
+    """
+    model: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    state = dict(task.model.state_dict())
+    if start is not None:
+        state.update({n: b for n, b in start.buffers.items() if n in state})
+    found = {
+        "model": {name: trees.flatten(value, name, model) for name, value in state.items()},
+        "optimizer": trees.flatten(task.optimizer.state_dict(), "optimizer", tensors),
+        "optimizer_class": type(task.optimizer).__name__,
+        "history": trees.flatten(history.state_dict(), "history", tensors),
+        "parts": {},
+    }
+    for name, part in task.parts.items():
+        if start is not None:
+            copies, found["parts"][name] = start.parts[name]
+            tensors.update(copies)
+        else:
+            path = f"parts/{name}"
+            found["parts"][name] = trees.flatten(part.state_dict(), path, tensors)
+    return model, tensors, found
+
+
+def put(
+    task: Task,
+    history: History,
+    model: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    found: Mapping[str, Any],
+) -> None:
+    """Make everything what it was when it was taken.
+
+    Raises:
+        CheckpointError: something does not fit; says what on each side. Nothing was changed.
+    """
+    state = weights(model, found)
+    _check_model(state, task.model.state_dict())
+    _check_same(
+        "The optimizer is of another class.",
+        found["optimizer_class"],
+        type(task.optimizer).__name__,
+    )
+    _check_same("The parts are others.", sorted(found["parts"]), sorted(task.parts))
+    optimizer = trees.restore(found["optimizer"], tensors)
+    _check_same(
+        "The optimizer's groups hold other numbers of parameters.",
+        [len(group["params"]) for group in optimizer["param_groups"]],
+        [len(group["params"]) for group in task.optimizer.param_groups],
+    )
+    task.model.load_state_dict(state)
+    _put_optimizer(task.optimizer, optimizer)
+    history.load_state_dict(trees.restore(found["history"], tensors))
+    for name, part in task.parts.items():
+        part.load_state_dict(trees.restore(found["parts"][name], tensors))
+
+
+def weights(model: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's state_dict as it was taken."""
+    state: dict[str, Any] = trees.restore(found["model"], model)
+    return state
+
+
+def _check_same(what: str, there: object, here: object) -> None:
+    if there != here:
+        raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=MISFIT))
+
+
+def _check_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    for name in [*there, *here]:
+        sides = [_form(side.get(name)) if name in side else "absent" for side in (there, here)]
+        if sides[0] != sides[1]:
+            what = f"The model does not fit at {name!r}."
+            raise CheckpointError(explain(what, checkpoint=sides[0], session=sides[1], way_out=MISFIT))
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def _put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    built = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for number, (before, group) in enumerate(zip(built, optimizer.param_groups, strict=True)):
+        for name in before.keys() - {"lr", "initial_lr"}:
+            if name in group and group[name] != before[name]:
+                warnings.warn(
+                    explain(
+                        f"{name} of the optimizer's group {number} is the checkpoint's.",
+                        checkpoint=group[name],
+                        session=before[name],
+                        way_out="To change it, set it in session.task.optimizer.param_groups.",
+                    ),
+                    NbtrainWarning,
+                    stacklevel=2,
+                )
+    # load_state_dict casts moments to the parameter's dtype, where float32 ones under bf16 lose bits,
+    # and fused kernels walk through parameter and moments alike: their strides have to agree.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, saved in state["state"].items():
+        parameter, live = parameters[index], optimizer.state[parameters[index]]
+        for name, value in saved.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                live[name] = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
+            elif isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                live[name] = value.to(live[name].device)
