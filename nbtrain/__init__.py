@@ -1,0 +1,107 @@
+"""A training run that outlives its notebook.
+
+The map, from the call site down; a module imports only what stands below it::
+
+    magics       %nbtrain: thin words over what stands below
+    resuming     resume: one line in a fresh kernel
+    session      Session: the story of a run
+    waiting      the cell waits, another thread trains
+    face         a session as a notebook shows it: the panel, and what stays without a kernel
+    loop         windows, boundaries, the ends of epochs
+    keeping      when a run is saved
+    opening      from what the user wrote to what is alive
+    saving       snapshots to checkpoints in the background
+    checkpoint   parts to store and back: payload first, manifest last
+    parts        what is alive, to a snapshot and back
+    plots        the curves; frames and scales draw them
+    journal      the settings in force, and every change of them
+    validation   mean loss and metrics, leaving training as it was
+    bar, lines   one progress line, and what a session says
+    poll         widget messages, handled while a cell is busy
+    stores       where bytes survive
+    recipe       the source that `build` needs; source writes one value of it
+    task         what `build` returns
+    data         the samples in their order, from any position on
+    thread       the thread that trains, computing as the cell would
+    accumulation, budget, history, host, interrupts, orders, randomness, schedule, trees
+    errors       every exception, as a tree
+
+Read `session` first. `python -m nbtrain demo` shows all of it in two minutes.
+"""
+
+import importlib.util
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from nbtrain.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    LossError,
+    NbtrainError,
+    NbtrainWarning,
+    RecipeError,
+    SessionError,
+    StoreError,
+    TaskError,
+    TrustError,
+)
+from nbtrain.schedule import Schedule
+
+if TYPE_CHECKING:
+    from nbtrain.resuming import resume
+    from nbtrain.session import Session
+    from nbtrain.task import Task
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "DataError",
+    "LossError",
+    "NbtrainError",
+    "NbtrainWarning",
+    "RecipeError",
+    "Schedule",
+    "Session",
+    "SessionError",
+    "StoreError",
+    "Task",
+    "TaskError",
+    "TrustError",
+    "resume",
+]
+
+__version__ = version("nbtrain")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for: `%load_ext nbtrain` must answer at once."""
+    if name in ("Session", "Task", "resume"):
+        from nbtrain.resuming import resume
+        from nbtrain.session import Session
+        from nbtrain.task import Task
+
+        # All three, so that a recipe finds each under this name, whichever was asked for.
+        globals().update(Session=Session, Task=Task, resume=resume)
+        return globals()[name]
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add `%nbtrain` and `%%nbtrain` to a notebook; a second time changes nothing."""
+    from nbtrain.magics import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Take them out again."""
+    from nbtrain.magics import unload
+
+    unload(shell)

@@ -1,0 +1,120 @@
+"""When a run is saved, what is written then, and what it means that a save failed.
+
+The loop asks for a save and goes on; here is known what was saved last, so that nothing is written
+twice, and whether a failure is one to stop for: where nothing could be saved yet it is, later on the
+training is worth more than its newest copy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from nbtrain.budget import words
+from nbtrain.checkpoint import Snapshot
+from nbtrain.errors import NbtrainError
+from nbtrain.lines import Lines
+from nbtrain.live import Live
+from nbtrain.opening import Opened
+
+
+class Keeping:
+    """Saves what is alive, and loads it.
+
+    Args:
+        name: The session's.
+        opened: Clock and stores.
+        live: What is saved.
+        lines: Where a failure that is no reason to stop is told.
+        every_s: Longest time between two saves, in seconds.
+    """
+
+    def __init__(self, name: str, opened: Opened, live: Live, lines: Lines, every_s: float) -> None:
+        self._name, self._opened, self._live, self._lines = name, opened, live, lines
+        self._every_s = every_s
+
+    def load(self) -> list[str]:
+        """Be what the newest whole checkpoint says, if there is one; return in words what differs."""
+        self.saver, found = self._opened.find(self._name)
+        self.is_fresh = found is None
+        self._forget()
+        if found is None:
+            return []
+        notes = self._opened.put(found, self._live)
+        self._place = self._live.place
+        return notes
+
+    def request(self, reason: str, valid_loss: float | None = None) -> None:
+        """Save what is alive, in the background.
+
+        Raises:
+            LossError: it is spoilt.
+        """
+        model, tensors, state = self._live.take()
+        live = self._live
+        facts: dict[str, Any] = {"step": live.step, "stage": live.stage, "progress": live.progress}
+        facts["at"] = time.time()
+        is_score = valid_loss is not None and math.isfinite(valid_loss)
+        facts["valid_loss"] = valid_loss if is_score else None
+        state |= self._opened.identity()
+        number, recipe = self.saver.next_number(), self._opened.recipe_source
+        self.saver.request(Snapshot(number, model, tensors, state, recipe, facts))
+        self._at, self._place, self._reason = self._opened.clock(), live.place, reason
+
+    def begin(self) -> None:
+        """Save before the first step: the place of a new session is tried out now, not at hour one."""
+        if self._at == -math.inf:
+            self.request("")
+            if self.is_fresh:
+                self.saver.wait(copies=False)
+                self.heed()
+
+    def finish(self) -> None:
+        """Wait for what was requested, the copy too for as long as the budget lasts.
+
+        Raises:
+            StoreError: the last save failed.
+        """
+        timeout_s = self.patience_s
+        in_time = self.saver.wait(timeout_s=timeout_s)
+        failure = self.saver.failure()
+        if failure is not None and self.saver.is_failing:
+            self._forget()
+            raise failure
+        self._heed(failure)
+        if not in_time:
+            self._lines.warn(
+                f"The copy to {self._opened.stores[-1].place} was not done in {words(timeout_s)}; "
+                "the checkpoint is on this machine. Run session.save() while it lives."
+            )
+
+    def heed(self) -> None:
+        """Raise what the last save raised where nothing could be saved yet, else tell it."""
+        self._heed(self.saver.failure())
+        if (rival := self.saver.rival()) is not None:
+            self._lines.warn(rival)
+
+    def is_due(self, now: float) -> bool:
+        """Whether the last save is too long ago."""
+        return now - self._at >= self._every_s
+
+    def has(self, reason: str) -> bool:
+        """Whether the place where the run is was saved, for this reason."""
+        return (self._place, self._reason) == (self._live.place, reason)
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long a copy may be waited for, in seconds; None for ever."""
+        budget = self._opened.budget
+        return None if budget.limit_s is None else max(60.0, budget.left_s)
+
+    def _heed(self, failure: Exception | None) -> None:
+        if failure is None:
+            return
+        if not isinstance(failure, NbtrainError) or len(self.saver.saved) < len(self._opened.stores):
+            raise failure
+        self._lines.warn(f"A save failed, training goes on: {failure}")
+
+    def _forget(self) -> None:
+        self._at, self._place, self._reason = -math.inf, (-1, -1, -1), ""

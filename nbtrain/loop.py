@@ -1,0 +1,400 @@
+"""The loop of a run: windows, boundaries, the ends of epochs, and saving on the way.
+
+Windows follow each other; between two of them is a boundary, and only there are orders obeyed, the
+clock and the losses looked at, and snapshots taken. At the end of an epoch comes the validation, and
+the place stays at the epoch's end until it is done: a cut inside it is a cut before it.
+
+Whatever ends the loop, an order, the clock, a signal, an error or a `break`, goes through one door:
+what is under way is taken back to the window's start, saved, and waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from nbtrain import opening, randomness
+from nbtrain.bar import Bar, Pace, goodbye, hello, number
+from nbtrain.data import Epoch, Loader, moved
+from nbtrain.errors import SessionError
+from nbtrain.interrupts import Interrupts
+from nbtrain.keeping import Keeping
+from nbtrain.lines import Lines
+from nbtrain.live import Live
+from nbtrain.opening import Opened
+from nbtrain.orders import OrderFiles, Orders
+from nbtrain.poll import Poller
+from nbtrain.stores import FolderStore
+from nbtrain.thread import TrainingThread
+from nbtrain.validation import validate
+
+SETTLE_S = 0.25  # how long losses stay on the device, unread
+STATES = {"done": "done", "pause": "paused", "error": "failed"}  # any other end is a stop
+
+
+class Loop:
+    """Trains what is alive, from where it is, until something ends it.
+
+    Args:
+        name: The session's.
+        opened: Data, clock, stores.
+        live: What is trained.
+        save_every_s: Longest time between two saves, besides those at the ends of epochs.
+        shows_bar: Whether a progress line is drawn.
+    """
+
+    def __init__(
+        self, name: str, opened: Opened, live: Live, save_every_s: float, shows_bar: bool
+    ) -> None:
+        self.name, self.live = name, live
+        self.state, self.reason = "ready", ""
+        self.is_own = opened.recipe is None  # the user's: nobody else knows its losses
+        self.lines = Lines(shown=shows_bar)
+        self.worker: TrainingThread | None = None
+        self._opened, self._budget = opened, opened.budget
+        self._shows_bar = shows_bar
+        self._bar = self.bar(shown=False)
+        self._fed: int | None = None
+        self._thread: threading.Thread | None = None
+        self._running_loop: Callable[[], Generator[Epoch] | None] = lambda: None
+        self._orders = Orders()
+        self._is_save_asked = False
+        folders = [s.root / name for s in opened.stores if isinstance(s, FolderStore)]
+        self._order_files = OrderFiles(folders, self)
+        self._interrupts, self._poll = Interrupts(), Poller()
+        self._settle_at = 0.0
+        self._pace = Pace()
+        self._num_loops = 0
+        self.keeping = Keeping(name, opened, live, self.lines, save_every_s)
+        self.load()
+
+    # ---- what the session says
+
+    def epochs(self) -> Generator[Epoch]:
+        """Give the rest of this epoch, then the next ones."""
+        self.leave()
+        loop = self._epochs()
+        # Weak, so that a `break` in the user's loop still ends the generator at once.
+        self._running_loop = weakref.ref(loop)
+        return loop
+
+    def update(self, loss: Tensor, n: float | None) -> None:
+        """Add a micro-step to the window, and step when that fills it."""
+        window = self.live.window
+        if window is None or self._fed is None or self.runs_elsewhere:
+            raise SessionError("update() goes with a batch: call it once inside the session's loop.")
+        window.add(loss, self._fed if n is None else n)
+        self._fed = None
+        if window.is_full:
+            self.live.update(window)
+
+    def start(self, train: Callable[[], None]) -> None:
+        """Train in a thread of its own; from here on the state is "running"."""
+        with self._orders.lock:
+            opening.claim(self.name, self._opened, self)
+            self.leave()
+            if self.worker is not None:  # it trains no more, and is about to end
+                self.worker.join()
+                self.worker = None
+            if self.live.is_done:
+                train()  # says so, and nothing else
+                return
+            self._num_loops += 1
+            thread = TrainingThread(self.name, train, lambda: self.halt("terminate"))
+            thread.start()
+            self.worker = self._thread = thread
+            self._orders.wait = True
+            self.state, self.reason = "running", ""
+            thread.goes.set()
+
+    def order(self, word: str, act: Callable[[], None]) -> None:
+        """Do something at the next boundary, or now where nothing runs; `asked` is its word so long."""
+        self._orders.give(word, act)
+
+    def halt(self, reason: str) -> None:
+        """End the loop at the next boundary, for a reason; without a loop only a pause can be ended."""
+        with self._orders.lock:
+            number = self._num_loops
+            if self._thread is None and self.state == "paused" and reason != "pause":
+                self._opened.close()
+                self.state, self.reason = "stopped", reason
+            self.order(reason, lambda: self._halt(reason, number))
+
+    def save(self) -> None:
+        """Commit now; from another thread than the loop's, at the next boundary."""
+        if self.runs_elsewhere:
+            self._is_save_asked = True
+            self.order("save", self._save_once)
+        else:
+            self.keeping.request(self.reason)
+            self.keeping.finish()
+
+    def set(self, changes: dict[str, Any]) -> None:
+        """Change settings at the next boundary."""
+        self.order("set", lambda: self._edit(changes))
+
+    def leave(self) -> None:
+        """End a loop of this thread that an error in a cell has left behind."""
+        loop = self._running_loop()
+        if loop is not None and not self.runs_elsewhere:
+            loop.close()
+
+    def close(self) -> None:
+        """End the workers, and a pause with them: a newer session takes its place."""
+        self.halt("stop")
+        self._opened.close()
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread is in the loop."""
+        return self._thread not in (None, threading.current_thread())
+
+    @property
+    def asked(self) -> str:
+        """The order that waits for its boundary, as a word."""
+        return self._orders.asked
+
+    @property
+    def has_time(self) -> bool:
+        """Whether another window fits into the budget."""
+        return self._budget.fits("window")
+
+    @property
+    def samples_per_s(self) -> float:
+        """How fast it trains; 0 where that is not known yet."""
+        return self._pace.per_s
+
+    # ---- what happens
+
+    def _epochs(self) -> Generator[Epoch]:
+        live = self.live
+        if live.is_done:
+            self.state = self.reason = "done"
+            self._say_goodbye()
+            return
+        with self._running():
+            while not self.reason and not live.is_done:
+                place = live.place
+                randomness.seed(self._opened.seed, "epoch", live.epoch)
+                yield Epoch(self._batches, live.epoch)
+                live.go_back()
+                if self.reason:
+                    return
+                if live.next_window() is None:
+                    self._close_epoch()
+                elif live.place == place:
+                    raise SessionError(
+                        f"Nothing of epoch {live.epoch} was trained in the loop's body. "
+                        "Write: for batch in epoch: ... session.update(loss)."
+                    )
+
+    def _batches(self) -> Iterator[Any]:
+        # Above it only sees that it is closed; what went wrong has to be told it here.
+        try:
+            yield from self._windows()
+        except Exception:
+            self.reason = "error"
+            raise
+
+    def _windows(self) -> Iterator[Any]:
+        opened, live = self._opened, self.live
+        while self._boundary() and (window := live.next_window()) is not None:
+            began = opened.clock()
+            live.begin(window)
+            settings = live.journal.settings
+            opened.train.start(live.epoch, live.position, settings["batch_size"], settings["epochs"])
+            while not window.is_full:
+                self._fed, batch = next(opened.train)
+                randomness.seed(opened.seed, "step", live.step, window.micro_step)
+                yield moved(batch, opened.device)
+                if live.window is not window and not window.is_full:
+                    raise SessionError("This loop was ended by a newer one of the same session.")
+                if self._fed is not None:
+                    raise SessionError(
+                        "A batch was not given to session.update(loss). Call it once for each."
+                    )
+            if live.stages[-1]["first_step_at"] is None:
+                live.enter(None, time.time())
+            took_s = opened.clock() - began
+            live.train_s += took_s
+            self._budget.observe("window", took_s)
+        # What the user's body draws now is the same after a cut as without one.
+        randomness.seed(opened.seed, "epoch's end", live.epoch)
+        if self.reason:  # and what it does now may outlast the machine
+            live.enter(self.reason, time.time())
+            self.keeping.request(self.reason)
+            self.keeping.saver.wait(copies=False)
+
+    def _boundary(self) -> bool:
+        """Look at losses, orders and clock, save if it is time; say whether to go on."""
+        now = self._opened.clock()
+        if now >= self._settle_at:
+            self._settle_at = now + SETTLE_S
+            self.live.settle()
+            self._pace.add(now, self.live.num_seen)
+            self._poll()
+            if self._bar.is_due():
+                self.draw(self._bar)
+            self.keeping.heed()
+        if not self._may_go_on("window"):
+            return False
+        if self.keeping.is_due(now):
+            self.keeping.request("")
+        return True
+
+    def _may_go_on(self, what: str) -> bool:
+        self._orders.obey()
+        if not self.reason:
+            self._orders.asked = ""
+        if self._interrupts.asked:
+            self.reason = self._interrupts.asked
+        elif not self.reason and not self._budget.fits(what):
+            self.reason = "budget"
+        return not self.reason
+
+    def _close_epoch(self) -> None:
+        self.live.settle()
+        metrics: dict[str, float] = {}
+        if self._opened.valid is not None:
+            found = self._validate(self._opened.valid)
+            if found is None:  # cut: the place stays at the epoch's end, where it is done again
+                return
+            metrics = found
+        written = self.live.close_epoch(metrics)
+        words_of = ", ".join(f"{name} {number(value)}" for name, value in written.items())
+        ended = f"epoch {self.live.epoch}: loss {number(self.live.loss)}, {words_of}"
+        self.lines.say(ended.rstrip(", "))
+        self._opened.train.turn()
+        self.keeping.request("", valid_loss=written.get("valid_loss"))
+
+    def _validate(self, loader: Loader) -> dict[str, float] | None:
+        if not self._may_go_on("validation"):
+            return None
+        opened, began = self._opened, self._opened.clock()
+        metrics = validate(
+            self.live.task,
+            loader,
+            opened.valid_batch,
+            seed=opened.seed,
+            device=opened.device,
+            proceed=lambda: self._may_go_on("window"),
+        )
+        if metrics is not None:
+            self._budget.observe("validation", opened.clock() - began)
+        return metrics
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        opening.claim(self.name, self._opened, self)
+        if self._thread is None:  # else the one that `start` has made
+            self._thread, self.worker = threading.current_thread(), None
+            self._orders.wait = True
+            self._num_loops += 1
+        self.is_own = self._thread is not self.worker
+        self.state, self.reason = "running", ""
+        with self._interrupts, Poller() as self._poll:
+            try:
+                self._begin()
+                try:
+                    yield
+                finally:
+                    if not self.live.is_torn:
+                        self.live.check()
+                self.reason = self.reason or "done"
+            except GeneratorExit:
+                self.reason = self.reason or "stop"
+                raise
+            except BaseException:
+                self.reason = "error"
+                raise
+            finally:
+                self._end()
+
+    def _begin(self) -> None:
+        if self.live.is_torn:  # its checkpoint could not be read when the last loop ended
+            self.load()
+        if not self.live.task.model.training:
+            self.live.task.model.train()
+        self._settle_at = 0.0
+        self._pace = Pace()
+        self._bar = self.bar()
+        self.live.enter(None, time.time())
+        self.keeping.begin()
+        self._order_files.start()
+
+    def _end(self) -> None:
+        """Save what is alive and wait for it; where it is spoilt, be what was saved last."""
+        try:
+            self._orders.obey()
+            if self.live.is_torn:
+                self.keeping.saver.wait(timeout_s=self.keeping.patience_s)
+                self.load()
+            self.live.go_back()
+            self.live.enter(self.reason, time.time())
+            if not self.keeping.has(self.reason):
+                self.keeping.request(self.reason)
+            self.draw(self._bar)
+            self.keeping.finish()
+            if self._orders.obey():  # given while it saved
+                self.keeping.request(self.reason)
+                self.keeping.finish()
+            self._say_goodbye()
+        finally:
+            self._bar.close()
+            with self._orders.lock:
+                self._orders.close()
+                if self.reason != "pause":
+                    self._opened.close()
+                self.state = STATES.get(self.reason, "stopped")
+                self._thread = self._fed = None
+
+    def load(self) -> None:
+        """Be what the newest whole checkpoint says, if there is one, and say so."""
+        notes = self.keeping.load()
+        at = None if self.keeping.is_fresh else self._at
+        self.resumed = "new" if at is None else f"resumed at step {self.live.step}"
+        self.lines.say(hello(self.name, self._opened.stores[-1].place, at, notes))
+
+    def _say_goodbye(self) -> None:
+        self._bar.close()
+        saved = list(self.keeping.saver.saved.values())[-1:]
+        where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
+        reason = "done" if self.live.is_done else self.reason
+        on = "the same cells" if self.is_own else self._opened.way_on(self.name)
+        self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=self.is_own))
+
+    @property
+    def _at(self) -> str:
+        live = self.live
+        return f"epoch {live.progress:.2f}, step {live.step}, stage {live.stage}"
+
+    def bar(self, *, shown: bool = True) -> Bar:
+        """Return a progress line; on another thread than the main one it draws nothing."""
+        shown = shown and self._shows_bar
+        return Bar.of(self.live, self.name, is_batch=self._opened.host.is_batch, shown=shown)
+
+    def draw(self, bar: Bar) -> None:
+        """Draw a progress line as things are now."""
+        bar.draw(self.live, self.samples_per_s, self._budget.left_s)
+
+    def _halt(self, reason: str, number: int) -> None:
+        # An order that came too late for its loop is not one for the next.
+        if self._thread is not None and number == self._num_loops:
+            self.reason = reason if self.reason in ("", "pause") else self.reason
+
+    def _save_once(self) -> None:
+        if self._is_save_asked:
+            self._is_save_asked = False
+            self.keeping.request(self.reason)
+
+    def _edit(self, changes: dict[str, Any]) -> None:
+        try:
+            self.live.edit(changes)
+        except ValueError as error:  # two changes, each of which could be made alone
+            self.lines.warn(f"Not set: {error}")

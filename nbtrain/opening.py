@@ -1,0 +1,365 @@
+"""From what the user wrote to what is alive: host, store, clock, recipe, task, data, device.
+
+Everything that can be refused is refused here, in the first seconds and not at hour nine; what is in
+the store is compared with what the user wrote before anything is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import re
+import secrets
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from nbtrain import checkpoint, data, host, parts, randomness, recipe, task
+from nbtrain.budget import Budget, seconds, words
+from nbtrain.checkpoint import Snapshot
+from nbtrain.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    NbtrainWarning,
+    SessionError,
+    explain,
+)
+from nbtrain.journal import SETTINGS, Journal, check
+from nbtrain.live import Live
+from nbtrain.saving import Saver
+from nbtrain.stores import FolderStore, find_store
+
+ARGUMENTS = (
+    *(name for name in SETTINGS if name != "lr"),
+    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget"),
+)
+DEFAULT_BATCH = 32
+UNKNOWN_LIMIT_S = 9 * 3600.0
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+IMPORTED = secrets.token_hex(8)
+
+_open: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
+
+_built_rates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]]
+_built_rates = weakref.WeakKeyDictionary()
+
+
+class Opened:
+    """What a session was made from, and what that gave."""
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], task.Task] | None,
+        fields: dict[str, Any],
+        store: Any,
+        budget: str | float | None,
+        started_at: float | None,
+        device: str | torch.device | None,
+        clock: Callable[[], float] | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        check_name(name)
+        check_arguments(arguments)
+        self.host = host.detect()
+        self.clock = clock or host.boot_clock
+        self.budget, self.clock_words = make_budget(self.host, budget, started_at, self.clock)
+        self.store, self.stores = store, stores(store, self.host)
+        refuse_second(name, self)  # before `build`, whose random numbers would go into the training
+        self.recipe = None if build is None else recipe.capture(build)
+        for problem in self.recipe.problems if self.recipe else ():
+            warnings.warn(
+                f"A fresh kernel could not rebuild this session: {problem}",
+                NbtrainWarning,
+                stacklevel=4,
+            )
+        plain = {k: v.total_seconds() if isinstance(v, timedelta) else v for k, v in arguments.items()}
+        self.arguments: dict[str, Any] = dict(plain, milestones=list(arguments["milestones"]))
+        self.seed = arguments["seed"]
+        randomness.seed(self.seed, "build")
+        self.task = _task(build, fields)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.task.model.to(self.device)
+        self._read_data(arguments)
+
+    def _read_data(self, arguments: dict[str, Any]) -> None:
+        collate = self.task.collate
+        self.source = data.source(self.task.train, "train", shuffle=True, collate=collate)
+        self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS}
+        self.settings["milestones"] = tuple(arguments["milestones"])
+        if arguments["batch_size"] is None:
+            self.settings["batch_size"] = self.source.batch_size or DEFAULT_BATCH
+            self.arguments["batch_size"] = self.settings["batch_size"]
+        # Of the first time: later on the optimizer's rates are those that a schedule has written.
+        rates = [float(group["lr"]) for group in self.task.optimizer.param_groups]
+        self._groups = _built_rates.setdefault(self.task.optimizer, rates)
+        self.journal = Journal(self.settings, self._groups)
+        self._refuse_two_schedules()
+        size, length = self.settings["batch_size"], len(self.source.dataset)
+        if self.source.drop_last and size > length:
+            raise DataError(
+                f"batch_size={size} with drop_last leaves nothing of {length} samples. "
+                "Make it smaller, or keep the last batch."
+            )
+        self.order = data.Order(self.source, self.seed)
+        self.train = self._loader(self.source, "train", self.order)
+        self.valid: data.Loader | None = None
+        self.valid_batch = 0
+        if self.task.valid is not None:
+            source = data.source(self.task.valid, "valid", shuffle=False, collate=collate)
+            source.drop_last = False
+            self.valid_batch = source.batch_size or self.settings["batch_size"]
+            self.valid = self._loader(source, "valid", data.Order(source, self.seed))
+
+    def _refuse_two_schedules(self) -> None:
+        for name, part in self.task.parts.items():
+            if isinstance(part, LRScheduler) and self.journal.writes_rates:
+                raise ValueError(
+                    f"There are two schedules: the part {name!r}, and the session's own "
+                    "(warmup_epochs, decay, base_lr). Leave one of them out."
+                )
+
+    def _loader(self, source: data.Source, name: str, order: data.Order) -> data.Loader:
+        workers = self.arguments["num_workers"]
+        if workers is None:
+            workers = source.num_workers
+        if workers is None:
+            workers = data.default_workers(source.dataset)
+        if not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"num_workers={workers!r} must be a whole number from 0 up.")
+        pin = source.pin_memory if source.pin_memory is not None else self.device.type == "cuda"
+        size = self.settings["batch_size"]
+        return data.Loader(source, (self.seed, name), order, size, workers, pin)
+
+    @property
+    def recipe_source(self) -> str:
+        """The recipe as text, empty for a loop of the user's own."""
+        return self.recipe.source if self.recipe else ""
+
+    @property
+    def recipe_words(self) -> str:
+        """Whether a fresh kernel could rebuild the session, in words."""
+        if self.recipe is None:
+            return "none: a loop of your own goes on by running its cells again"
+        if self.recipe.problems:
+            return f"incomplete: {self.recipe.problems[0]}"
+        return f"{len(self.recipe.source.splitlines())} lines, sha256 {self.recipe.sha256[:12]}"
+
+    def way_on(self, name: str) -> str:
+        """Return the line that goes on in a fresh kernel, or "the same cells" where none can."""
+        if self.recipe is None or self.recipe.problems:
+            return "the same cells"
+        given = isinstance(self.store, (str, os.PathLike))
+        where = f"store={str(self.store)!r}, " if given else ""
+        return f"nbtrain.resume({name!r}, {where}trust_code=True).run()"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a later kernel compares itself with, as plain values."""
+        return {
+            "arguments": self.arguments,
+            "entry": self.recipe.entry if self.recipe else None,
+            "problems": list(self.recipe.problems) if self.recipe else [],
+            "num_samples": len(self.source.dataset),
+            "group_lrs": self._groups,
+            "seed": self.seed,
+            "kernel": kernel(),
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        }
+
+    def find(self, name: str) -> tuple[Saver, Snapshot | None]:
+        """Return the session's saver, and its newest whole checkpoint if it has one."""
+        keep = self.arguments["keep"]
+        found = checkpoint.find(self.stores, name)
+        if not found:
+            return Saver(name, self.stores, keep, self.budget, []), None
+        newest, snapshot = checkpoint.load_newest(found)
+        return Saver(name, self.stores, keep, self.budget, found, newest), snapshot
+
+    def put(self, found: Snapshot, live: Live) -> list[str]:
+        """Put what was found back, and write into its journal what the user changed since.
+
+        Returns:
+            In words, what is now other than it was, or than the cell says.
+
+        Raises:
+            CheckpointError, DataError: it does not fit what the user wrote; nothing was changed.
+        """
+        state = found.state
+        _same("The seed has changed, and with it all order.", state["seed"], self.seed)
+        length = len(self.source.dataset)
+        if state["num_samples"] != length:
+            what, there = "The training data have another length.", state["num_samples"]
+            raise DataError(explain(what, checkpoint=there, session=length, way_out=parts.MISFIT))
+        live.put(found)
+        # A stage is a stretch in one process, however often its cells are run.
+        live.stage += state["kernel"] != kernel()
+        before = state["arguments"]
+        changes = {
+            name: self.settings[name]
+            for name in SETTINGS
+            if name in self.arguments and self.arguments[name] != before.get(name)
+        }
+        if self._groups != state["group_lrs"]:
+            changes["lr"] = self._groups[0]
+        made = live.journal.edit(live.step, live.progress, "cell", **changes)
+        notes = [f"{e.what}: {e.old} -> {e.new}, as the cell says now" for e in made]
+        for name, value in live.journal.settings.items():
+            if name in self.arguments and value != self.settings[name]:
+                opened = self.settings[name]
+                notes.append(f"{name}={value} stays, as it was set live; it was opened with {opened}")
+        if self.recipe is not None and found.recipe != self.recipe.source:
+            notes.append("the code of build is not what it was; the new one is used")
+        return notes
+
+    def close(self) -> None:
+        """End the workers."""
+        self.train.close()
+        if self.valid is not None:
+            self.valid.close()
+
+
+def kernel() -> str:
+    """Return what tells this process from any other, also from one that it was forked from."""
+    return f"{IMPORTED}-{os.getpid()}"
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain folder name, such as "../x"."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"name={name!r} is no name for a session. Use letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse what makes no sense before `build` is called, which may take minutes."""
+    keep, seed, clip_norm = (arguments[name] for name in ("keep", "seed", "clip_norm"))
+    if type(keep) is not int or keep < 2:
+        raise ValueError(
+            f"keep={keep!r} must be a whole number from 2 up: one damaged file is then not the end."
+        )
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r} must be a whole number.")
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise ValueError(f"clip_norm={clip_norm!r} must be a number above 0, or None.")
+    seconds(arguments["save_every"])
+    settings = {name: arguments.get(name) for name in SETTINGS}
+    if settings["batch_size"] is None:  # the DataLoader's, which is not known yet
+        settings["batch_size"] = DEFAULT_BATCH
+    check(settings)
+
+
+def stores(store: Any, here: host.Host) -> list[Any]:
+    """Return the place to commit to and, if the store is a remote one, the store behind it."""
+    found = find_store(store, here)
+    if not found.is_remote:
+        return [found]
+    words_of = re.sub(r"[^A-Za-z0-9]+", "-", found.place).strip("-")[-60:]
+    place = f"{words_of}-{sha256(found.place.encode()).hexdigest()[:12]}"
+    return [FolderStore(here.scratch / place), found]
+
+
+def make_budget(
+    here: host.Host,
+    budget: str | float | None,
+    started_at: float | None,
+    clock: Callable[[], float],
+) -> tuple[Budget, str]:
+    """Return the budget, and in words how its start is known.
+
+    Raises:
+        BudgetError: it is over already.
+    """
+    limit_s: float | None
+    if budget == "auto":
+        known = here.limit_s is not None
+        limit_s = here.limit_s - here.guard_s if here.limit_s is not None else UNKNOWN_LIMIT_S
+        source = f"limit of {here.name} less a guard" if known else "9h, the host's limit is unknown"
+    else:
+        limit_s, source = seconds(budget), "as asked"
+    elapsed_s = max(0.0, time.time() - (here.started_at if started_at is None else started_at))
+    since = here.clock if started_at is None else "started_at as given"
+    made = Budget(limit_s, elapsed_s, clock)
+    if made.left_s <= 0:
+        raise BudgetError(
+            f"The budget of {words(limit_s)} is over already: "
+            f"{words(elapsed_s)} have passed since {since}.\n"
+            'Give a longer one, budget="12h", none with budget=None, or the true started_at=. '
+            "Nothing was changed."
+        )
+    return made, f"{words(limit_s)} ({source}), counted from {since}"
+
+
+def retire(name: str, opened: Opened) -> None:
+    """Let an older session of this name in this kernel save what it has, and end its workers.
+
+    Raises:
+        SessionError: it trains right now.
+    """
+    before = refuse_second(name, opened)
+    if before is not None:
+        before.leave()
+        before.close()
+
+
+def refuse_second(name: str, opened: Opened) -> Any:
+    """Return the older session of this name in this kernel, or None.
+
+    Raises:
+        SessionError: it trains right now.
+    """
+    before = _open.get((opened.stores[-1].place, name))
+    if before is not None and before.runs_elsewhere:
+        raise SessionError(
+            f"{name!r} is training in this kernel already. "
+            "Stop it first, or give this one another name."
+        )
+    return before
+
+
+def register(name: str, opened: Opened, loop: Any) -> None:
+    """Let this be the loop of its session in this kernel."""
+    _open[opened.stores[-1].place, name] = loop
+
+
+def claim(name: str, opened: Opened, loop: Any) -> None:
+    """Refuse to train with a session that a newer one of its name has replaced.
+
+    Raises:
+        SessionError: there is a newer one, or another thread trains this one.
+    """
+    if loop.runs_elsewhere:
+        raise SessionError(f"{name!r} is training already. Stop it first.")
+    if _open.get((opened.stores[-1].place, name)) is not loop:
+        raise SessionError(f"A newer session {name!r} was made in this kernel. Use that one.")
+
+
+def _same(what: str, there: object, here: object) -> None:
+    if there != here:
+        raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=parts.MISFIT))
+
+
+def _task(build: Callable[[], task.Task] | None, fields: dict[str, Any]) -> task.Task:
+    known = task.Task.__dataclass_fields__
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*ARGUMENTS, *known], 1, 0.5)
+            hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Session)."
+            raise ValueError(f"There is no argument {name}=. {hint}")
+    if build is not None:
+        if fields:
+            raise ValueError(f"{', '.join(fields)} belong into the Task that build returns.")
+        return task.call(build)
+    if not {"model", "optimizer", "train"} <= fields.keys():
+        raise ValueError("Give build, or at least model=, optimizer= and train=.")
+    return task.Task(**fields).check()

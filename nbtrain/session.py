@@ -1,0 +1,399 @@
+"""The story of a run: open, train, save, close; and go on in the next kernel.
+
+A session is what is alive (`live`), made from what the user wrote (`opening`) and trained by a loop
+(`loop`); here is what a user says to it. Your own loop and `run()` are the same: `run` is four lines
+on `for batch in session`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbtrain import checkpoint, host, opening, parts, waiting
+from nbtrain.bar import number
+from nbtrain.budget import seconds
+from nbtrain.data import Epoch
+from nbtrain.errors import SessionError
+from nbtrain.history import History
+from nbtrain.journal import Journal
+from nbtrain.live import Live
+from nbtrain.loop import Loop
+from nbtrain.opening import Opened
+from nbtrain.task import Task
+
+_newest: weakref.ref[Session] | None = None
+
+
+def newest() -> Session | None:
+    """Return the session that was made last in this kernel, if it is alive."""
+    return _newest() if _newest is not None else None
+
+
+class Session:
+    """A training run that goes on where it was, in this kernel or the next.
+
+    Give `build`, a function without required arguments that returns a `Task`; or the fields of a
+    `Task` (model=, optimizer=, train=, ...) for a loop of your own. If the store holds a session of
+    this name it is continued; nothing is ever restarted silently. A setting that differs from the
+    checkpoint's is a change, made from here on and written into the journal.
+
+    Args:
+        name: Letters, digits, ".", "_", "-".
+        build: Returns the Task; called under a random key of its own, so first weights repeat.
+        store: A folder, a URL, a Store; None finds Kaggle's output, Drive, or a local folder.
+        budget: "9h", "8h30m", seconds, or None, counted from the start of the machine; "auto" is the
+            host's limit less what it needs itself, or 9 h where there is none.
+        started_at: The machine's start in `time.time()` seconds, where the host is wrong about it.
+        epochs: Length of the run; None has no end but the budget's.
+        batch_size: Samples in a micro-batch; None takes the DataLoader's, or 32.
+        accumulate: Micro-batches in a step.
+        num_workers: Processes that fetch; None takes the DataLoader's, or one a core, at most 4.
+        seed: Of everything random.
+        warmup_epochs, warmup, decay, milestones, gamma: See `Schedule`.
+        base_lr, base_batch: Linear scaling: the rate, and the batch it was for.
+        clip_norm: Largest norm of a step's gradient; None does not clip.
+        device: None is the GPU if there is one.
+        keep: Checkpoints to keep besides the best, at least 2.
+        save_every: Longest time between two saves, besides those at the end of each epoch.
+        bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
+        clock: Monotonic seconds; for tests.
+        **task: The fields of a `Task`, instead of `build`.
+
+    Raises:
+        ValueError: an argument makes no sense.
+        BudgetError: the time is over already.
+        TaskError, DataError, RecipeError: what `build` gives or needs cannot be used.
+        CheckpointError: what is stored does not fit, or no checkpoint of it is whole.
+        StoreError: the place cannot be reached.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Task] | None = None,
+        *,
+        store: Any = None,
+        budget: str | float | None = "auto",
+        started_at: float | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        accumulate: int = 1,
+        num_workers: int | None = None,
+        seed: int = 0,
+        warmup_epochs: float = 0,
+        warmup: str = "linear",
+        decay: str = "constant",
+        milestones: tuple[float, ...] = (),
+        gamma: float = 0.1,
+        base_lr: float | None = None,
+        base_batch: int | None = None,
+        clip_norm: float | None = None,
+        device: str | torch.device | None = None,
+        keep: int = 3,
+        save_every: str | float = "5m",
+        bar: bool = True,
+        clock: Callable[[], float] | None = None,
+        **task: Any,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k in opening.ARGUMENTS}
+        opened = Opened(name, build, task, store, budget, started_at, device, clock, arguments)
+        self.name, self.budget = name, opened.budget
+        self._opened = opened
+        # First, because a loop that an error left behind saves now, and that is where to go on from.
+        opening.retire(name, opened)
+        self._live = Live(opened.task, opened.journal, opened.order, opened.source.drop_last, clip_norm)
+        self._loop = Loop(name, opened, self._live, seconds(save_every) or math.inf, bar)
+        opening.register(name, opened, self._loop)
+        self._shows = bar
+        self._face: Any = None
+        global _newest
+        _newest = weakref.ref(self)
+
+    # ---- training
+
+    def run(self) -> Session:
+        """Train until all epochs are done, the budget ends, or somebody says stop; then return.
+
+        Whatever ends it, the state is saved first, and `run` again goes on from there. In a notebook
+        the panel is shown, and acts while the cell runs; a pause only holds the training there, until
+        Resume, Stop or a second interrupt.
+
+        Raises:
+            LossError: the loss is not finite; the last good checkpoint is loaded again.
+            DataError: the data set raised; the state before that window is saved.
+            StoreError: the last save failed; the state is still here, and `save()` tries again.
+            KeyboardInterrupt: it was interrupted; everything is saved.
+        """
+        return self.start().wait()
+
+    def start(self) -> Session:
+        """Train in a thread of its own, and return at once: the kernel is free for other cells.
+
+        Its bits are those of `run` as long as other cells draw nothing at random. What it raises is
+        raised by `wait`. A kernel that ends meanwhile saves first.
+
+        Raises:
+            SessionError: it is training already, or a newer session of this name was made.
+        """
+        self._loop.start(self._train)
+        return self
+
+    def wait(self) -> Session:
+        """Wait for a started run to end, showing it as `run` does; raises what `run` raises."""
+        shows = self._shows and host.is_notebook()
+        watched = shows and not self._opened.host.is_batch
+        try:
+            show = (lambda: self._faced().show(panel=watched)) if shows else None
+            waiting.wait(self._loop, watched=watched, show=show)
+        finally:
+            if self._face is not None:
+                self._face.settle()
+        return self
+
+    def _train(self) -> None:
+        with closing(iter(self)) as batches:
+            for batch in batches:
+                try:
+                    loss, n, _ = self.task.run(batch)
+                    self.update(loss, n=n)
+                except Exception:
+                    self._loop.reason = "error"  # the loop itself only sees that it is closed
+                    raise
+
+    def __iter__(self) -> Generator[Any]:
+        """Give batches on the device, from where the session is, until it ends."""
+        with closing(self.epochs()) as epochs:
+            for epoch in epochs:
+                yield from epoch
+
+    def epochs(self) -> Generator[Epoch]:
+        """Give the rest of this epoch, then the next ones; each gives batches.
+
+        The epoch is closed when its body is done: with validation if there are validation data,
+        with what `log` was told, and with a checkpoint.
+        """
+        return self._loop.epochs()
+
+    def update(self, loss: Tensor, n: float | None = None) -> None:
+        """Do backward; and at the end of the window clip, set the rates, step, and count.
+
+        Args:
+            loss: The micro-batch's mean loss, shape ().
+            n: What it is the mean of: samples, tokens; the batch's samples if None.
+
+        Raises:
+            SessionError: there is no batch that waits for its loss.
+            ValueError: the loss has no gradient, is no scalar, or n is not above 0.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"loss={loss!r} is no scalar with a gradient. "
+                "Give the mean over the batch, not detached and not .item()."
+            )
+        if n is not None and not n > 0:
+            raise ValueError(f"n={n!r} must be above 0: what the loss is the mean of.")
+        self._loop.update(loss.squeeze(), n)
+
+    def log(self, **metrics: float) -> None:
+        """Write metrics of your own into the history, at the end of this epoch."""
+        self._live.logged |= {name: float(value) for name, value in metrics.items()}
+
+    # ---- orders, from this thread or another
+
+    def set(self, **changes: Any) -> None:
+        """Change accumulate=, batch_size=, warmup_epochs=, lr=, ... from the next window on.
+
+        `lr` is the peak: the rate where the schedule's factor is 1. Every change goes into the
+        journal. `budget=` is changed at once.
+
+        Raises:
+            ValueError: a value makes no sense; nothing is changed.
+        """
+        settings = {name: value for name, value in changes.items() if name != "budget"}
+        self.journal.tried(**settings)
+        if "budget" in changes:
+            self.budget.limit_s = seconds(changes["budget"])
+        self._loop.set(settings)
+
+    def pause(self) -> None:
+        """Save and hold at the next boundary, keeping the workers; `run` or `start` goes on."""
+        self._loop.halt("pause")
+
+    def stop(self) -> None:
+        """Save and end the loop at the next boundary; `run` goes on."""
+        self._loop.halt("stop")
+
+    def save(self) -> None:
+        """Commit a checkpoint now; inside a window, of the window's start.
+
+        From another thread than the loop's this is an order, done at the next boundary.
+
+        Raises:
+            StoreError: the place refused; every checkpoint before is intact.
+        """
+        self._loop.save()
+
+    # ---- reading
+
+    @property
+    def state(self) -> str:
+        """One of "ready", "running", "paused", "stopped", "done", "failed"."""
+        return self._loop.state
+
+    @property
+    def reason(self) -> str:
+        """What ended the loop: "budget", "interrupt", "terminate", "stop", "pause", "error"."""
+        return self._loop.reason
+
+    @property
+    def asked(self) -> str:
+        """The order that waits for the next boundary: "", "pause", "stop", "save", "set"."""
+        return self._loop.asked
+
+    @property
+    def task(self) -> Task:
+        """Model, optimizer, data and loss."""
+        return self._live.task
+
+    @property
+    def history(self) -> History:
+        """What was seen, step by step."""
+        return self._live.history
+
+    @property
+    def journal(self) -> Journal:
+        """The settings in force and every change of them."""
+        return self._live.journal
+
+    @property
+    def stage(self) -> int:
+        """The number of this stretch in one kernel, from 1."""
+        return self._live.stage
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates done."""
+        return self._live.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self._live.epoch
+
+    @property
+    def progress(self) -> float:
+        """Samples seen, as epochs."""
+        return self._live.progress
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are trained."""
+        return self._live.is_done
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, first group."""
+        return self._live.lr
+
+    def best(self) -> torch.nn.Module:
+        """Return a copy of the model with the weights of the lowest validation loss, in eval mode.
+
+        The session's own model is left as it is, so training can go on.
+
+        Raises:
+            SessionError: there was no validation yet.
+        """
+        saver = self._loop.keeping.saver
+        saver.wait(copies=False)
+        manifest = saver.best()
+        if manifest is None:
+            raise SessionError(
+                "There is no best yet: no epoch with validation was saved. "
+                "Give valid=, or session.log(valid_loss=...)."
+            )
+        model = copy.deepcopy(self.task.model)
+        snapshot = checkpoint.load(manifest)
+        model.load_state_dict(parts.weights(snapshot.model, snapshot.state["trees"]))
+        return model.eval()
+
+    def status(self) -> dict[str, Any]:
+        """Return what is known now, as plain values; times in seconds."""
+        opened, loop, live = self._opened, self._loop, self._live
+        return {
+            "name": self.name,
+            "state": self.state,
+            "reason": self.reason,
+            "asked": self.asked,
+            "own_loop": loop.is_own,
+            "error": loop.worker.problem if loop.worker is not None else "",
+            "resumed": loop.resumed,
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "epochs": self.journal.settings["epochs"],
+            "step": self.step,
+            "progress": self.progress,
+            "position": live.position,
+            "num_samples": live.num_samples,
+            "loss": live.loss,
+            "lr": self.lr,
+            "peak_lr": self.journal.peak_lr,
+            "samples_per_s": loop.samples_per_s,
+            "settings": dict(self.journal.settings),
+            "budget": opened.clock_words,
+            "budget_limit_s": self.budget.limit_s,
+            "budget_left_s": self.budget.left_s,
+            "reserve_s": self.budget.reserve_s(validation=opened.valid is not None),
+            "saved": [vars(saved) for saved in loop.keeping.saver.known()],
+            "pending_bytes": loop.keeping.saver.pending_bytes,
+            "store": opened.stores[-1].place,
+            "recipe": opened.recipe_words,
+            "goes_on": opened.way_on(self.name),
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """What the session has said, oldest first; the last some hundred lines."""
+        return self._loop.lines.last()
+
+    def panel(self) -> None:
+        """Show the panel in this cell: live curves, and every control; shown again it is the same one.
+
+        Raises:
+            SessionError: this is no notebook.
+        """
+        if not host.is_notebook():
+            raise SessionError("A panel needs a notebook. Here there are status(), plot() and set().")
+        self._faced().show(panel=True)
+
+    def plot(self, compare: Iterable[Session] = ()) -> Any:
+        """Return a matplotlib Figure: loss and learning rate, past and, dotted, planned.
+
+        With `compare=[...]` other sessions are laid over this one.
+        """
+        from nbtrain import plots
+
+        if others := list(compare):
+            return plots.compared([plots.told(session) for session in (self, *others)])
+        return plots.curves(self.name, list(self.history), self.journal, self.progress)
+
+    def _faced(self) -> Any:
+        if self._face is None:
+            from nbtrain.face import Face
+
+            self._face = Face(self)
+        return self._face
+
+    def __repr__(self) -> str:
+        why = f" ({self.reason})" if self.reason not in ("", self.state) else ""
+        return (
+            f"<session {self.name!r}: {self.state}{why}, stage {self.stage}, "
+            f"epoch {self.progress:.2f}, step {self.step}, loss {number(self._live.loss)}>"
+        )

@@ -1,0 +1,489 @@
+"""What a user says to a session: it stops in time, obeys between windows, and tells the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from runs import (
+    MICRO_STEPS,
+    Noisy,
+    assert_same_bits,
+    bits,
+    build,
+    finish,
+    in_fresh_process,
+    session,
+)
+
+import nbtrain
+from nbtrain import checkpoint
+from nbtrain.stores import FolderStore, MemoryStore
+
+
+class Clock:
+    """Seconds that pass only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def taking(clock: Clock, seconds: float) -> Any:
+    """Return a build whose every forward pass takes some seconds of a fake clock."""
+    task = build()
+
+    def tick(*_: object) -> None:
+        clock.now_s += seconds
+
+    task.model.register_forward_pre_hook(tick)
+    return lambda: task
+
+
+def slow_session(folder: Path, clock: Clock, **changes: Any) -> nbtrain.Session:
+    task = taking(clock, 1.0)()
+    fields = {name: getattr(task, name) for name in ("model", "optimizer", "train", "valid")}
+    # The clock stands still, but this process may be older than the budget.
+    arguments: dict[str, Any] = {"build": None, "clock": clock, "started_at": time.time()}
+    return session(folder, **(arguments | fields | changes))
+
+
+def test_run_returns_before_the_budget_ends_and_keeps_the_reserve(tmp_path: Path) -> None:
+    clock = Clock()
+    run = slow_session(tmp_path, clock, budget=200, valid=None, epochs=100, warmup_epochs=0)
+    run.run()
+    assert (run.state, run.reason) == ("stopped", "budget")
+    assert 0 <= run.budget.left_s < run.budget.reserve_s() + 3  # a window takes 3 s
+    assert run.status()["saved"][0]["step"] == run.step > 10
+
+
+def test_a_validation_that_does_not_fit_is_not_begun_and_comes_first_in_the_next_stage(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    run = slow_session(tmp_path, clock, budget=100)
+    run.budget.observe("validation", 95)
+    run.run()
+    assert (run.reason, run.step, run.epoch) == ("budget", 3, 0)
+    assert run.history.epochs == []
+    run.set(budget=10_000)
+    run.run()
+    assert run.state == "done"
+    assert [row["epoch"] for row in run.history.epochs] == [0, 1]
+
+
+def test_a_validation_that_is_cut_is_done_again_from_its_start(tmp_path: Path) -> None:
+    run = session(tmp_path / "cut")
+    in_validation = iter([False, False, True])
+
+    def stop_in_the_third_batch(model: torch.nn.Module, _: object) -> None:
+        if not model.training and next(in_validation, False):
+            run.stop()
+
+    run.task.model.register_forward_pre_hook(stop_in_the_third_batch)
+    run.run()
+    assert (run.reason, run.step, run.epoch) == ("stop", 3, 0)
+    assert run.task.model.training
+    run.run()
+    assert_same_bits(bits(run), bits(session(tmp_path / "whole").run()))
+
+
+def test_the_budget_counts_from_the_start_of_the_machine(tmp_path: Path) -> None:
+    run = session(tmp_path, budget="1h", started_at=time.time() - 1800)
+    assert 1790 < run.budget.left_s <= 1800
+    assert "started_at" in run.status()["budget"]
+
+
+def test_run_again_after_stop_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    run = session(tmp_path / "stopped")
+    for batch in run:
+        loss, _, _ = run.task.run(batch)
+        run.update(loss)
+        if run.step == 2:
+            run.stop()
+    assert (run.state, run.step) == ("stopped", 2)
+    run.run()
+    whole = session(tmp_path / "whole").run()
+    assert_same_bits(bits(run), bits(whole))
+
+
+def test_a_break_in_the_middle_of_a_window_goes_back_to_its_start(tmp_path: Path) -> None:
+    run = session(tmp_path / "broken")
+    for count, batch in enumerate(run):
+        loss, _, _ = run.task.run(batch)
+        if count == 4:
+            break
+        run.update(loss)
+    assert (run.state, run.step) == ("stopped", 1)
+    assert all(p.grad is None for p in run.task.model.parameters())
+    run.run()
+    assert_same_bits(bits(run), bits(session(tmp_path / "whole").run()))
+
+
+def test_an_error_in_the_users_loop_loses_nothing(tmp_path: Path) -> None:
+    run = session(tmp_path / "broken")
+
+    def cell() -> None:
+        for count, batch in enumerate(run):
+            loss, _, _ = run.task.run(batch)
+            run.update(loss if count < 5 else loss / (0 // (count - 5)))
+
+    with pytest.raises(ZeroDivisionError):
+        cell()
+    run.run()
+    assert_same_bits(bits(run), bits(session(tmp_path / "whole").run()))
+
+
+def test_pause_keeps_the_workers_and_stop_ends_them(tmp_path: Path) -> None:
+    run = session(tmp_path, num_workers=1, epochs=None, decay="constant")
+    for order in (run.pause, run.stop):
+        for batch in run:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+            order()
+        alive = run._opened.train._torch._iterator is not None
+        assert alive == (run.state == "paused")
+
+
+def test_orders_from_another_thread_are_obeyed_at_the_next_boundary(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    steps = []
+    for batch in run:
+        loss, _, _ = run.task.run(batch)
+        if len(steps) == 1:
+            other = threading.Thread(target=lambda: (run.set(accumulate=1), run.save()))
+            other.start()
+            other.join()
+            assert run.journal.settings["accumulate"] == 3
+        run.update(loss)
+        steps.append(run.step)
+    assert run.journal.settings["accumulate"] == 1
+    entry = run.journal.entries[0]
+    assert (entry.step, entry.what, entry.old, entry.new, entry.by) == (1, "accumulate", 3, 1, "hand")
+
+
+def test_a_changed_cell_is_a_journal_entry_and_an_unchanged_one_leaves_edits_alone(
+    tmp_path: Path,
+) -> None:
+    run = session(tmp_path)
+    for batch in run:
+        loss, _, _ = run.task.run(batch)
+        run.update(loss)
+        if run.step == 1:
+            run.set(accumulate=2)
+            run.stop()
+    same = session(tmp_path)
+    assert same.journal.settings["accumulate"] == 2
+    changed = session(tmp_path, batch_size=4)
+    assert changed.journal.settings["accumulate"] == 2
+    assert [(e.what, e.new, e.by) for e in changed.journal.entries] == [
+        ("accumulate", 2, "hand"),
+        ("batch_size", 4, "cell"),
+    ]
+
+
+def test_a_longer_run_is_the_same_cell_with_more_epochs(tmp_path: Path) -> None:
+    session(tmp_path, decay="constant").run()
+    longer = session(tmp_path, decay="constant", epochs=3)
+    assert not longer.is_done
+    longer.run()
+    assert (longer.is_done, longer.epoch, longer.step) == (True, 3, 9)
+
+
+def test_epochs_close_after_their_body_with_what_was_logged(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    run.task.valid = None
+    for epoch in run.epochs():
+        for batch in epoch:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+        run.log(accuracy=0.5 + epoch.number / 10)
+    assert run.history["accuracy"] == [None, None, 0.5, None, None, 0.6]
+
+
+def test_history_opens_as_a_pandas_frame_with_the_promised_columns(tmp_path: Path) -> None:
+    run = session(tmp_path).run()
+    frame = pandas.DataFrame(run.history)
+    expected = ["stage", "epoch", "step", "progress", "loss", "lr", "valid_loss", "seconds"]
+    assert list(frame.columns) == expected
+    assert list(frame["step"]) == [1, 2, 3, 4, 5, 6]
+    assert frame["progress"].iloc[-1] == 2.0
+    assert list(frame["valid_loss"].notna()) == [False, False, True, False, False, True]
+
+
+def test_best_is_a_copy_with_the_weights_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=4)
+    seen: dict[float, dict[str, torch.Tensor]] = {}
+    for epoch in run.epochs():
+        for batch in epoch:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+        seen[epoch.number] = {k: v.clone() for k, v in run.task.model.state_dict().items()}
+    before = bits(run)
+    best = min(range(4), key=lambda number: run.history.epochs[number]["valid_loss"])
+    model = run.best()
+    assert not model.training
+    assert all(torch.equal(v, seen[best][k]) for k, v in model.state_dict().items())
+    assert_same_bits(bits(run), before)
+    assert all(torch.equal(v, seen[best][k]) for k, v in session(tmp_path).best().state_dict().items())
+
+
+def test_best_survives_retention(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=6, keep=2)
+    for epoch in run.epochs():
+        for batch in epoch:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+        run.log(valid_loss=float(abs(epoch.number - 1)))
+    run.task.valid = None
+    kept = checkpoint.find([FolderStore(tmp_path)], "tiny")
+    assert len(kept) <= 3
+
+
+def test_saves_are_at_most_the_set_time_apart(tmp_path: Path) -> None:
+    clock = Clock()
+    run = slow_session(tmp_path, clock, save_every="20s", budget=None, epochs=10, valid=None, keep=1000)
+    run.run()
+    facts = [m.facts for m in checkpoint.find([FolderStore(tmp_path)], "tiny")]
+    assert facts[0]["step"] == 30
+    run.save()
+    assert run.status()["saved"][0]["num_bytes"] > 0
+
+
+def test_two_sessions_in_memory_share_nothing() -> None:
+    one, other = MemoryStore(), MemoryStore()
+    session(one, epochs=1, decay="constant").run()  # type: ignore[arg-type]
+    assert session(other, decay="constant").step == 0  # type: ignore[arg-type]
+
+
+def test_status_is_plain_values(tmp_path: Path) -> None:
+    status = session(tmp_path).run().status()
+    assert (status["state"], status["step"], status["stage"]) == ("done", 6, 1)
+    assert status["saved"][0]["degree"] == "durable"
+    assert status["recipe"].endswith(
+        checkpoint.find([FolderStore(tmp_path)], "tiny")[0].files["recipe.py"]["sha256"][:12]
+    )
+
+
+def test_the_planned_curve_can_be_plotted_before_the_run(tmp_path: Path) -> None:
+    figure = session(tmp_path).plot()
+    (planned,) = (line for line in figure.axes[1].get_lines() if line.get_linestyle() == ":")
+    assert planned.get_ydata()[0] == pytest.approx(0.05 * 0.01)
+
+
+def interrupted(folder: Path, number: int, result: Path) -> None:
+    """Train, send this process a signal inside a window, and say what the loop did."""
+    run = session(folder)
+    try:
+        for count, batch in enumerate(run):
+            loss, _, _ = run.task.run(batch)
+            if count == 4:
+                os.kill(os.getpid(), number)
+            run.update(loss)
+    except KeyboardInterrupt:
+        result.write_text(f"{run.state} {run.reason} {run.step}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_window_saves_and_then_does_what_it_does(tmp_path: Path, number: int) -> None:
+    folder, result = tmp_path / "cut", tmp_path / "said"
+    code = in_fresh_process(interrupted, folder, number, result)
+    if number == signal.SIGTERM:
+        assert code == -signal.SIGTERM
+    else:
+        assert result.read_text() == "stopped interrupt 2"
+    run = session(folder)
+    assert run.step == 2
+    assert_same_bits(bits(run.run()), bits(session(tmp_path / "whole").run()))
+
+
+def test_the_default_validation_sees_every_sample_once(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Listening(Noisy):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    task = build()
+    run = session(
+        tmp_path,
+        build=None,
+        model=task.model,
+        optimizer=task.optimizer,
+        train=Noisy(),
+        valid=Listening(),
+    )
+    run.run()
+    assert sorted(asked) == sorted(2 * list(range(23)))
+    assert len(run.history) * 3 >= MICRO_STEPS
+
+
+def test_another_process_on_the_same_session_is_told_of(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=2)
+    steps = 0
+
+    def train() -> None:
+        nonlocal steps
+        for batch in run:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+            steps += 1
+            if steps == 1:
+                assert in_fresh_process(finish, tmp_path, tmp_path / "other.pt") == 0
+                run.save()
+            run._loop._settle_at = 0.0
+
+    with pytest.warns(nbtrain.NbtrainWarning, match="Another process trains 'tiny' too"):
+        train()
+    assert run.is_done
+
+
+def test_orders_without_end_do_not_stop_the_training(tmp_path: Path) -> None:
+    run = session(tmp_path)
+
+    def again() -> None:
+        run._loop.order("again", again)
+
+    for batch in run:
+        loss, _, _ = run.task.run(batch)
+        run._loop.order("again", again)
+        run.update(loss)
+    assert run.is_done
+
+
+def test_the_same_cell_with_the_same_objects_changes_nothing(tmp_path: Path) -> None:
+    task = build()
+    fields = {name: getattr(task, name) for name in ("model", "optimizer", "train")}
+    run = session(tmp_path, build=None, **fields)
+    for batch in run:
+        loss, _, _ = run.task.run(batch)
+        run.update(loss)
+        if run.step == 2:
+            run.stop()
+    again = session(tmp_path, build=None, **fields)
+    assert again.journal.entries == []
+    again.run()
+    assert again.journal.rates(1.0) == [0.05]
+
+
+def test_a_stop_that_came_too_late_is_not_for_the_next_run(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=1, decay="constant")
+    late = iter([True])
+
+    def stop_in_the_final_save(*_: object) -> None:
+        if next(late, False):
+            run.stop()
+
+    run._loop.keeping.__dict__["finish"] = stop_in_the_final_save
+    run.run()
+    run.set(epochs=2)
+    del run._loop.keeping.__dict__["finish"]
+    run.run()
+    assert run.state == "done"
+
+
+def test_when_the_loop_is_halted_the_save_is_made_before_the_users_evaluation(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    for epoch in run.epochs():
+        for batch in epoch:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+            if run.step == 2:
+                run.stop()
+        saved = checkpoint.find([FolderStore(tmp_path)], "tiny")[0]
+        assert saved.facts["step"] == 2
+
+
+def test_what_the_body_of_an_epoch_draws_is_the_same_after_a_cut(tmp_path: Path) -> None:
+    def drawn(run: nbtrain.Session, cuts: bool) -> dict[int, tuple[float, float]]:
+        found = {}
+        while not run.is_done:
+            for epoch in run.epochs():
+                before = torch.rand(()).item()
+                for batch in epoch:
+                    loss, _, _ = run.task.run(batch)
+                    run.update(loss)
+                    if cuts and run.step in (1, 5):
+                        run.stop()
+                found[epoch.number] = (before, torch.rand(()).item())
+        return found
+
+    assert drawn(session(tmp_path / "cut"), True) == drawn(session(tmp_path / "whole"), False)
+
+
+def test_another_process_keeps_what_it_has_saved(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=4, keep=2, decay="constant")
+    steps = 0
+
+    def train() -> None:
+        nonlocal steps
+        for batch in run:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+            steps += 1
+            if steps == 1:
+                other = in_fresh_process(
+                    finish, tmp_path, tmp_path / "o.pt", epochs=2, decay="constant"
+                )
+                assert other == 0
+            run._loop._settle_at = 0.0
+            run.save()
+
+    with pytest.warns(nbtrain.NbtrainWarning, match="Another process"):
+        train()
+    kept = checkpoint.find([FolderStore(tmp_path)], "tiny")
+    assert {m.facts["stage"] for m in kept} == {1, 2}
+
+
+def channels_last() -> nbtrain.Task:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 3)
+    )
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    train = torch.utils.data.TensorDataset(images, torch.arange(24) % 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=train)
+
+
+def test_moments_come_back_in_the_memory_format_of_their_parameters(tmp_path: Path) -> None:
+    def run(folder: Path, epochs: int) -> dict[str, torch.Tensor]:
+        made = session(folder, build=channels_last, epochs=epochs, decay="constant")
+        return bits_of(made.run())
+
+    run(tmp_path / "cut", 2)
+    assert_same_bits(run(tmp_path / "cut", 4), run(tmp_path / "whole", 4))
+
+
+def bits_of(run: nbtrain.Session) -> dict[str, torch.Tensor]:
+    """Return weights and moments."""
+    found = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
+    for index, state in run.task.optimizer.state_dict()["state"].items():
+        found |= {f"{index}.{name}": value for name, value in state.items()}
+    return found
+
+
+def test_an_error_in_the_users_model_is_told_as_one(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    run.task.loss = lambda output, target: 1 // 0
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    assert (run.state, run.reason) == ("failed", "error")
+
+
+def test_sessions_are_laid_over_each_other_and_a_name_is_refused(tmp_path: Path) -> None:
+    one, other = session(tmp_path / "one").run(), session(tmp_path / "other").run()
+    figure = one.plot(compare=[other])
+    assert sum(len(line.get_xdata()) == 6 for line in figure.axes[0].get_lines()) >= 2
+    with pytest.raises(ValueError, match="compare= has 'tiny', no Session"):
+        one.plot(compare=["tiny"])
