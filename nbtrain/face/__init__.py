@@ -1,0 +1,137 @@
+"""The face of a session: one thread that draws the panel and its static twin, beside the training.
+
+It looks four times a second while the session trains, and at once where somebody clicked or typed. It
+holds its session only weakly: a panel that still stands in a page keeps no model in the memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+
+from IPython import get_ipython
+
+from nbtrain import plots
+from nbtrain.errors import NbtrainWarning
+from nbtrain.face.markup import Run
+from nbtrain.face.panel import Panel, in_words
+from nbtrain.face.twin import Twin
+
+TICK_S = 0.25
+IDLE_S = 1.0  # between two looks at whether it trains again
+TWIN_EVERY_S = 30.0  # a picture in the saved notebook; short epochs must not draw without end
+GONE = "This session is no longer in this kernel. Run its cell again, or nbtrain.resume({!r})."
+
+
+class Face:
+    """What a notebook shows of a session.
+
+    Args:
+        session: Is drawn, and takes the orders.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, session: Run, clock: Callable[[], float] = time.monotonic) -> None:
+        self._session: Run = weakref.proxy(session)
+        self._name, self._clock = session.name, clock
+        self._curves = plots.Curves(session.name)
+        self._twin = Twin(self._session, self._curves)
+        self._touched = threading.Event()
+        self._drawing = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._shown: tuple[object, bool] | None = None
+        self._twin_due = 0.0
+        self._state = self._last_problem = ""
+        self.panel: Panel | None = None
+        self.problem = ""
+
+    def show(self, *, panel: bool) -> None:
+        """Show panel and twin in the cell that runs, or the twin alone; once in a cell.
+
+        Args:
+            panel: Whether somebody watches.
+        """
+        with self._drawing:
+            cell = _cell()
+            before = self._shown if self._shown is not None and self._shown[0] == cell else None
+            self._shown = (cell, panel or (before is not None and before[1]))
+            try:
+                if panel and (before is None or not before[1]):
+                    if self.panel is None:
+                        self.panel = Panel(self._session, self._curves, self._touched, self._clock)
+                    self.panel.show()
+                if before is None:
+                    self._twin.show()
+                    self._twin_due = self._clock() + TWIN_EVERY_S
+            except Exception as error:  # the training must not end with its picture: it is told
+                self._tell(in_words(error))
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._watch, name="nbtrain face", daemon=True)
+            self._thread.start()
+        self.wake()
+        self._warn()
+
+    def wake(self) -> None:
+        """Draw soon, as something has changed."""
+        self._touched.set()
+
+    def settle(self) -> None:
+        """Draw and renew everything now, in this thread, and warn of what could not be drawn.
+
+        Does nothing where nothing is shown.
+        """
+        if self._shown is None:
+            return
+        self._draw(at_once=True)
+        self._warn()
+
+    def _watch(self) -> None:
+        try:
+            while True:
+                is_late = self.panel is not None and self.panel.is_late
+                touched = self._touched.wait(TICK_S if is_late or self._state == "running" else IDLE_S)
+                self._touched.clear()
+                state = self._session.state
+                if touched or is_late or state == "running" or state != self._state:
+                    self._draw()
+        except ReferenceError:
+            if self.panel is not None:
+                self.panel.leave(GONE.format(self._name))
+
+    def _draw(self, *, at_once: bool = False) -> None:
+        with self._drawing:
+            state, now = self._session.state, self._clock()
+            at_once = at_once or state != self._state
+            self._state = state
+            try:
+                if self.panel is not None:
+                    self.panel.refresh(at_once=at_once)
+                    self.panel.draw(at_once=at_once)
+                if self._twin.is_stale and (at_once or now >= self._twin_due):
+                    self._twin.renew()
+                    self._twin_due = self._clock() + TWIN_EVERY_S
+            except ReferenceError:
+                raise
+            except Exception as error:  # the training must not end with its picture: it is told
+                self._tell(in_words(error))
+
+    def _tell(self, problem: str) -> None:
+        if problem == self._last_problem:
+            return
+        self._last_problem = self.problem = problem
+        if self.panel is not None:
+            self.panel.say(f"Not all was drawn: {problem}")
+
+    def _warn(self) -> None:
+        if self.problem:
+            problem, self.problem = self.problem, ""
+            warnings.warn(f"Not all was drawn: {problem}", NbtrainWarning, stacklevel=4)
+
+
+def _cell() -> object:
+    """Return what two calls in one run of a cell have in common."""
+    shell = get_ipython()
+    return None if shell is None else shell.execution_count
