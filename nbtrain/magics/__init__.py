@@ -1,0 +1,326 @@
+"""`%nbtrain`: words for a notebook, each a line over what a session does; `%nbtrain help` has them all.
+
+They speak to the newest session of the kernel. Loading them imports no torch: a word that needs it
+imports it. What is wrong is told in one block, as an error of the cell and so of a batch job too, but
+without a traceback, unless the user's own code raised.
+"""
+
+# The decorators of IPython have no types.
+# mypy: disable-error-code="no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import symtable
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.display import display
+
+from nbtrain.errors import DataError, NbtrainError, TrustError
+from nbtrain.journal import SETTINGS
+from nbtrain.magics import listing, telling
+from nbtrain.magics.said import WORDS, Said, read
+from nbtrain.schedule import DECAYS, WARMUPS
+
+if TYPE_CHECKING:
+    from nbtrain.session import Session
+
+NO_SESSION = (
+    'There is no session in this kernel. Make one, session = nbtrain.Session("name", build), '
+    "or go on with a stored one: %nbtrain resume NAME. %nbtrain list shows those."
+)
+ORDERED = {
+    "pause": "pauses after this window, and saves. %nbtrain resume goes on",
+    "save": "saves after this window",
+    "stop": "stops after this window, and saves. %nbtrain resume goes on",
+}
+
+
+def load(shell: Any) -> None:
+    """Add the magics to a shell; those that are there already stay, with what they know."""
+    if NbtrainMagics.__name__ not in shell.magics_manager.registry:
+        shell.register_magics(NbtrainMagics)
+        shell.set_hook("complete_command", _complete, str_key="%nbtrain")
+
+
+def unload(shell: Any) -> None:
+    """Take the magics out of a shell; where there are none do nothing."""
+    if shell.magics_manager.registry.pop(NbtrainMagics.__name__, None) is not None:
+        for magics in shell.magics_manager.magics.values():
+            magics.pop("nbtrain", None)
+        shell.strdispatchers["complete_command"].strs.pop("%nbtrain", None)
+
+
+@magics_class
+class NbtrainMagics(Magics):
+    """The words."""
+
+    def __init__(self, shell: Any) -> None:
+        super().__init__(shell)
+        self._shell = shell
+        self._build: Callable[[], Any] | None = None
+
+    @magic_arguments()
+    @argument("words", nargs="*", help="As above.")
+    @argument("--store", metavar="PLACE", help="A folder or a URL, for resume, start and list.")
+    @argument("--trust-code", action="store_true", help="As trust-code above.")
+    @line_cell_magic
+    def nbtrain(self, line: str, cell: str | None = None) -> None:
+        """Start, watch, steer, stop and resume a training run.
+
+        %nbtrain                    how the session of this kernel stands
+        %nbtrain start              train: show the panel and wait; if it trains already, only wait
+        %nbtrain start background   train and leave the kernel free
+        %nbtrain start NAME epochs=20 batch_size=32 ...
+                                    make a session of the marked recipe, or open it again, and train
+        %nbtrain resume             go on with the session of this kernel, or else the only stored one
+        %nbtrain resume NAME trust-code
+                                    go on with a stored one, running the code that is stored with it
+        %nbtrain pause, save, stop  after this window; pause and stop save too
+        %nbtrain set accumulate=4 lr=0.05 budget=8h
+                                    change settings from the next window on; without any, show them
+        %nbtrain panel              the panel, here
+        %nbtrain plot [NAME ...]    the curves, with those of other sessions of this notebook over them
+        %nbtrain history            the last epochs, and the last step
+        %nbtrain list               the sessions found in every place
+        %nbtrain help               this
+        %%nbtrain recipe [FUNCTION] as the very first line of a cell: run it, and check that all that
+                                    `build` (or FUNCTION) needs can be kept for a fresh kernel
+
+        A value is Python's, else text: epochs=20, budget=8h, milestones=[30,60]. For {rate} stands
+        what your variable `rate` holds.
+        """
+        with _short():
+            said = read(self.nbtrain.parser, line)
+            if cell is not None or said.word == "recipe":
+                self._mark(said, cell)
+                return
+            acts: dict[str, Callable[[Said], None]] = {
+                "start": self._start,
+                "resume": self._resume,
+                "pause": _order,
+                "save": _order,
+                "stop": _order,
+                "set": _set,
+                "panel": lambda said: _session().panel(),
+                "plot": self._plot,
+                "history": lambda said: print(_history()),
+                "list": lambda said: print(_list(said)),
+                "status": lambda said: print(_status()),
+                "help": lambda said: print(inspect.cleandoc(self.nbtrain.parser.description)),
+            }
+            if said.word not in acts:
+                near = difflib.get_close_matches(said.word, WORDS, 1)
+                hint = f"Did you mean %nbtrain {near[0]}?" if near else "%nbtrain help has them all."
+                raise UsageError(f"There is no word {said.word!r}. {hint}")
+            acts[said.word](said)
+
+    def _start(self, said: Said) -> None:
+        name, session = said.name(), newest()
+        if name and self._build is not None:
+            from nbtrain.session import Session
+
+            session = Session(name, self._build, **said.values)
+            self._give(session)
+        elif name and (session is None or session.name != name):
+            raise UsageError(
+                f"There is no recipe for {name!r}. Write %%nbtrain recipe above the cell that defines "
+                f"build and run it, or go on with a stored session: %nbtrain resume {name}."
+            )
+        elif said.values:
+            raise UsageError(
+                "start takes settings only for a new session: %nbtrain start NAME epochs=20. "
+                "Those of a session that is there are changed by %nbtrain set."
+            )
+        _train(session or _session(), said)
+
+    def _resume(self, said: Said) -> None:
+        name, session = said.name(), newest()
+        is_here = session is not None and name in ("", session.name)
+        if session is not None and is_here and not {"store", "at_least"} & said.values.keys():
+            changes = {key: value for key, value in said.values.items() if key != "trust_code"}
+            if changes:
+                session.set(**changes)
+        else:
+            from nbtrain.resuming import resume
+
+            try:
+                session = resume(name or None, **said.values)
+            except TrustError as error:
+                error.add_note(f"Or: %nbtrain {said.line} trust-code")
+                raise
+            self._give(session)
+        _train(session, said)
+
+    def _plot(self, said: Said) -> None:
+        from nbtrain.session import Session
+
+        held = {name: x for name, x in self._shell.user_ns.items() if isinstance(x, Session)}
+        known = {x.name: x for x in held.values()}
+        known |= {name: x for name, x in held.items() if not name.startswith("_")}
+        for name in said.names:
+            if name not in known:
+                there = ", ".join(known) or "none"
+                raise UsageError(f"There is no session {name!r} in this notebook. There is: {there}.")
+        session = _session()
+        others = [known[name] for name in said.names if known[name] is not session]
+        display(session.plot(compare=others) if others else session.plot())
+
+    def _give(self, session: Session) -> None:
+        """Let the user's code have the session, under a name that takes nothing away."""
+        longer = "session_" + re.sub(r"\W", "_", session.name)
+        names = chain(("session", longer), (f"{longer}_{number}" for number in count(2)))
+        held = self._shell.user_ns
+        free = (n for n in names if n not in held or _is_older(held[n], session))
+        name = next(free)
+        self._shell.push({name: session})
+        print(f"{session.name} is `{name}` in this notebook.")
+
+    def _mark(self, said: Said, cell: str | None) -> None:
+        if said.word != "recipe":
+            raise UsageError("%%nbtrain goes with one word: %%nbtrain recipe. Others take one %.")
+        if cell is None:
+            raise UsageError("recipe marks a cell: write %%nbtrain recipe as its very first line.")
+        if not self._shell.run_cell(cell).success:
+            raise UsageError("The cell failed, so nothing was marked.")
+        name = said.name() or "build"
+        table = symtable.symtable(self._shell.transform_cell(cell), "cell", "exec")
+        made = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+        if name not in made:
+            functions = [c.get_name() for c in table.get_children() if c.get_type() == "function"]
+            near = f" If it is {functions[-1]}: %%nbtrain recipe {functions[-1]}." if functions else ""
+            raise UsageError(f"This cell defines no {name}, which returns the Task.{near}")
+        from nbtrain.recipe import capture
+
+        kept = capture(self._shell.user_ns[name])
+        self._build = self._shell.user_ns[name]
+        print(telling.recipe(kept, made))
+
+
+def newest() -> Session | None:
+    """Return the session that is meant, if there is one; to find none needs no torch."""
+    room = sys.modules.get("nbtrain.session")
+    return None if room is None else room.newest()
+
+
+def _is_older(value: Any, session: Session) -> bool:
+    return isinstance(value, type(session)) and value.name == session.name
+
+
+def _session() -> Session:
+    session = newest()
+    if session is None:
+        raise UsageError(NO_SESSION)
+    return session
+
+
+def _train(session: Session, said: Said) -> None:
+    if said.in_background:
+        session.start()
+        print(f"{session.name} trains, and the kernel is free. %nbtrain tells how it stands.")
+    elif session.state == "running":
+        session.wait()
+    else:
+        session.run()
+
+
+def _order(said: Said) -> None:
+    session = _session()
+    trains, holds = session.state == "running", session.state == "paused"
+    if not trains and said.word != "save" and not (said.word == "stop" and holds):
+        print(f"{session.name} is {session.state}: there is nothing to {said.word}.")
+        return
+    {"pause": session.pause, "save": session.save, "stop": session.stop}[said.word]()
+    if trains:
+        print(f"{session.name} {ORDERED[said.word]}.")
+    else:
+        print(f"{session.name} is {session.state}; saved: {telling.saved(session.status())}.")
+
+
+def _set(said: Said) -> None:
+    session = _session()
+    if not said.values:
+        print(telling.settings(session.status()["settings"]))
+        return
+    session.set(**said.values)
+    print(f"{session.name}, from the next window on: {telling.settings(said.values)}")
+
+
+def _status() -> str:
+    session = newest()
+    return NO_SESSION if session is None else telling.status(session.status())
+
+
+def _history() -> str:
+    history = _session().history
+    return telling.history(history.epochs, history.last)
+
+
+def _list(said: Said) -> str:
+    if said.values.keys() - {"store"}:
+        raise UsageError("list takes a place and nothing else: %nbtrain list store=PLACE")
+    found, problems = listing.sessions(**said.values)
+    told = [telling.sessions(found)] if found else []
+    session = newest()
+    if session is not None and not said.values:
+        place = session.status()["store"]
+        if (session.name, place) not in {(row.name, row.place) for row in found}:
+            told.append(
+                f"In this kernel: {session.name}, at step {session.step}; it is kept in {place}."
+            )
+    return "\n".join([*(told or ["There is no session."]), *problems])
+
+
+@contextmanager
+def _short() -> Iterator[None]:
+    """Let an error that says all there is to say be shown without its traceback."""
+    try:
+        yield
+    except (NbtrainError, ValueError, KeyboardInterrupt) as error:
+        if _says_all(error):
+            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            text = "\n".join([said, *getattr(error, "__notes__", ())])
+            # What IPython, from 7 on, asks an exception for that it is to show.
+            vars(error)["_render_traceback_"] = lambda: [text]
+        raise
+
+
+def _says_all(error: BaseException) -> bool:
+    """Tell whether nothing in it is the user's own code, whose lines have to be seen."""
+    if isinstance(error, ValueError):
+        last = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        return Path(last.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
+    return not (isinstance(error, DataError) and error.__cause__ is not None)
+
+
+def _complete(shell: Any, event: Any) -> list[str]:
+    """Return what may stand at the cursor behind `%nbtrain`, for IPython's Tab."""
+    before = event.text_until_cursor.split()[1:]
+    typed = "" if event.text_until_cursor[-1:].isspace() or not before else before.pop()
+    known: Sequence[str] = ()
+    match before[:1]:
+        case []:
+            known = WORDS
+        case ["start"]:
+            known = ["background"]
+        case ["resume"]:
+            known = [*listing.names_nearby(), "trust-code", "background", "--trust-code", "--store"]
+        case ["set"]:
+            known = [f"{name}=" for name in (*SETTINGS, "budget")]
+            known += [f"warmup={name}" for name in WARMUPS] + [f"decay={name}" for name in DECAYS]
+        case ["list"]:
+            known = ["store=", "--store"]
+    # IPython's own word begins behind the last dash or equals sign.
+    gone = len(typed) - len(event.symbol)
+    return [name[gone:] for name in known if name.startswith(typed)]

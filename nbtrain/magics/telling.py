@@ -1,0 +1,126 @@
+"""What a session is and what is stored, in plain text for a cell that can show nothing better."""
+
+from __future__ import annotations
+
+import ast
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from nbtrain.budget import words
+from nbtrain.magics.listing import Found
+from nbtrain.recipe import Recipe
+
+NUM_ROWS = 10  # of the history
+OBVIOUS = ("", "done", "pause", "stop", "error")  # reasons that the state tells already
+
+
+def status(now: dict[str, Any]) -> str:
+    """Return what `Session.status` gave, as a few lines."""
+    from nbtrain.bar import number  # with widgets, where there are some
+
+    why = "" if now["reason"] in OBVIOUS else f" ({now['reason']})"
+    asked = f", {now['asked']} asked for" if now["asked"] else ""
+    of = f" of {now['epochs']}" if now["epochs"] else ""
+    budget = f"{now['budget']}; {words(now['budget_left_s'])} left"
+    if now["budget_limit_s"] is not None:
+        budget += f", {words(now['reserve_s'])} of it kept for the last save"
+    lines = {
+        "place": f"epoch {now['progress']:.2f}{of}, step {now['step']}",
+        "seen": f"loss {number(now['loss'])}, lr {now['lr']:.4g}, {now['samples_per_s']:.0f} samples/s",
+        "settings": settings(now["settings"]),
+        "budget": budget,
+        "saved": saved(now),
+        "recipe": now["recipe"],
+        "error": now["error"],
+    }
+    told = [f"  {name:10}{line}" for name, line in lines.items() if line]
+    return "\n".join(
+        [f"{now['name']}: {now['state']}{why}{asked}, stage {now['stage']}, {now['resumed']}", *told]
+    )
+
+
+def saved(now: dict[str, Any]) -> str:
+    """Say where the newest bytes are, in the place that matters most."""
+    if not now["saved"]:
+        return "nothing yet"
+    last = now["saved"][-1]
+    left = f", {size(now['pending_bytes'])} not copied yet" if now["pending_bytes"] else ""
+    ago = words(time.time() - last["at"])
+    return f"step {last['step']}, {last['degree']}, {last['place']}, {ago} ago{left}"
+
+
+def settings(values: dict[str, Any]) -> str:
+    """Return settings as they are written behind `%nbtrain set`, but for those that are not made."""
+    return " ".join(f"{name}={value}" for name, value in values.items() if value not in (None, ()))
+
+
+def history(epochs: list[dict[str, Any]], last: dict[str, Any] | None) -> str:
+    """Return the last epochs' rows, and the last step's if it is a later one, as a table."""
+    from nbtrain.history import COLUMNS, WHOLE  # with torch
+
+    rows = epochs[-NUM_ROWS:]
+    if last is not None and (not rows or last["step"] > rows[-1]["step"]):
+        rows = [*rows, last | {name: int(last[name]) for name in WHOLE}]
+    if not rows:
+        return "There is no step yet."
+    scores = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
+    names = [*COLUMNS[:-1], *scores, COLUMNS[-1]]
+    return table(names, [[row.get(name) for name in names] for row in rows])
+
+
+def sessions(found: list[Found]) -> str:
+    """Return what was found in all places, as a table."""
+    names = ["name", "step", "epoch", "stage", "best", "size", "age", "place"]
+    rows: list[list[Any]] = []
+    for one in found:
+        age = None if one.saved_at is None else words(time.time() - one.saved_at)
+        facts = [one.step, one.progress, one.stage, one.best]
+        rows.append([one.name, *facts, size(one.num_bytes), age, one.place])
+    return table(names, rows)
+
+
+def recipe(kept: Recipe, made: set[str]) -> str:
+    """Say what a recipe holds, and what of it is not among the names that its cell made."""
+    body = ast.parse(kept.source).body
+    names = [getattr(node, "name", None) for node in body]
+    names += [target.id for node in body for target in _targets(node)]
+    others = [name for name in names if name and name not in made]
+    told = [f"{kept.entry} is the recipe, {len(kept.source.splitlines())} lines with all it needs."]
+    if others:
+        told.append(f"Taken from other cells: {', '.join(others)}.")
+    if kept.problems:
+        told[0] = f"{kept.entry} is the recipe, but a fresh kernel could not rebuild it:"
+        told += [f"  {problem}" for problem in kept.problems]
+    return "\n".join([*told, "Train it: %nbtrain start NAME epochs=20"])
+
+
+def _targets(node: ast.stmt) -> list[ast.Name]:
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target for target in targets if isinstance(target, ast.Name)]
+
+
+def table(names: list[str], rows: list[list[Any]]) -> str:
+    """Return rows as plain text under the names of their columns; "-" stands for None."""
+    lines = [names, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    is_text = [any(isinstance(row[i], str) for row in rows) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, is_text, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def size(num_bytes: int) -> str:
+    """Write a size as people do: "45.2MB"."""
+    return str(tqdm.format_sizeof(num_bytes, "B"))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
