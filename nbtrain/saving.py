@@ -70,6 +70,9 @@ class Latest(Generic[T]):
                 self.is_failing = False
             except Exception as error:  # for `failure`: the thread has nobody to raise it to
                 self._failure, self.is_failing = error, True
+            # Before anybody hears that this is done: where the process ends next, a thread that
+            # still has tensors to free aborts it.
+            del item
 
 
 @dataclass(frozen=True)

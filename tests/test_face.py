@@ -238,3 +238,16 @@ def test_in_a_kernel_the_outputs_of_the_cell_tell_the_end(tmp_path: Path) -> Non
     assert kinds == [["application/vnd.jupyter.widget-view+json"], ["image/png"], ["text/html"]]
     assert "state            done" in outputs[2]["text/plain"]
     assert outputs[1]["text/plain"].startswith("loss ")
+
+
+def test_a_process_that_ends_waits_for_the_picture_that_is_being_drawn(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(face_module.atexit, "register", at_exit.append)
+    desk.face.show(panel=True)
+    until(lambda: at_exit, "the thread")
+    assert desk.face._thread is not None and desk.face._thread.is_alive()
+    for leave in at_exit:
+        leave()
+    assert not desk.face._thread.is_alive()

@@ -81,6 +81,21 @@ def test_join_says_whether_all_was_done_in_time(gate: Gate) -> None:
     assert gate.done == [1]
 
 
+def test_nothing_is_held_any_more_once_all_is_said_to_be_done() -> None:
+    said_done: list[bool] = []
+    latest: Latest[Any] = Latest(lambda item: None)
+
+    class Held:  # a snapshot: to free its tensors takes a process that is not ending
+        def __del__(self) -> None:
+            said_done.append(latest.join(0.0))
+
+    latest.submit(Held())
+    assert latest.join(WAIT_S)
+    latest.submit(None)
+    assert latest.join(WAIT_S)
+    assert said_done == [False]
+
+
 def test_what_the_work_raises_is_handed_over_once_and_later_work_is_done() -> None:
     done: list[int] = []
 

@@ -6,6 +6,7 @@ holds its session only weakly: a panel that still stands in a page keeps no mode
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ from nbtrain.face.twin import Twin
 
 TICK_S = 0.25
 IDLE_S = 1.0  # between two looks at whether it trains again
+EXIT_PATIENCE_S = 5.0  # for a picture that is being drawn
 TWIN_EVERY_S = 30.0  # a picture in the saved notebook; short epochs must not draw without end
 GONE = "This session is no longer in this kernel. Run its cell again, or nbtrain.resume({!r})."
 
@@ -40,6 +42,7 @@ class Face:
         self._curves = plots.Curves(session.name)
         self._twin = Twin(self._session, self._curves)
         self._touched = threading.Event()
+        self._is_over = False
         self._drawing = threading.RLock()
         self._thread: threading.Thread | None = None
         self._shown: tuple[object, bool] | None = None
@@ -89,17 +92,28 @@ class Face:
         self._warn()
 
     def _watch(self) -> None:
+        # A process that ends while this thread is inside matplotlib is aborted.
+        atexit.register(self._end)
         try:
-            while True:
+            while not self._is_over:
                 is_late = self.panel is not None and self.panel.is_late
                 touched = self._touched.wait(TICK_S if is_late or self._state == "running" else IDLE_S)
                 self._touched.clear()
                 state = self._session.state
-                if touched or is_late or state == "running" or state != self._state:
+                due = touched or is_late or state == "running" or state != self._state
+                if due and not self._is_over:
                     self._draw()
         except ReferenceError:
             if self.panel is not None:
                 self.panel.leave(GONE.format(self._name))
+        finally:
+            atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._touched.set()
+        if self._thread is not None:
+            self._thread.join(EXIT_PATIENCE_S)
 
     def _draw(self, *, at_once: bool = False) -> None:
         with self._drawing:
