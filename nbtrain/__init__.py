@@ -5,6 +5,7 @@ The map, from the call site down; a module imports only what stands below it::
     magics       %nbtrain: thin words over what stands below
     resuming     resume: one line in a fresh kernel
     session      Session: the story of a run
+    status       what is known of a session, as plain values
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import checkpoint, host, opening, parts, waiting
+from nbtrain import checkpoint, host, opening, parts, status, waiting
 from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.data import Epoch
@@ -326,37 +326,7 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """Return what is known now, as plain values; times in seconds."""
-        opened, loop, live = self._opened, self._loop, self._live
-        return {
-            "name": self.name,
-            "state": self.state,
-            "reason": self.reason,
-            "asked": self.asked,
-            "own_loop": loop.is_own,
-            "error": loop.worker.problem if loop.worker is not None else "",
-            "resumed": loop.resumed,
-            "stage": self.stage,
-            "epoch": self.epoch,
-            "epochs": self.journal.settings["epochs"],
-            "step": self.step,
-            "progress": self.progress,
-            "position": live.position,
-            "num_samples": live.num_samples,
-            "loss": live.loss,
-            "lr": self.lr,
-            "peak_lr": self.journal.peak_lr,
-            "samples_per_s": loop.samples_per_s,
-            "settings": dict(self.journal.settings),
-            "budget": opened.clock_words,
-            "budget_limit_s": self.budget.limit_s,
-            "budget_left_s": self.budget.left_s,
-            "reserve_s": self.budget.reserve_s(validation=opened.valid is not None),
-            "saved": [vars(saved) for saved in loop.keeping.saver.known()],
-            "pending_bytes": loop.keeping.saver.pending_bytes,
-            "store": opened.stores[-1].place,
-            "recipe": opened.recipe_words,
-            "goes_on": opened.way_on(self.name),
-        }
+        return status.of(self, self._opened, self._loop)
 
     @property
     def lines(self) -> list[str]:

@@ -25,7 +25,7 @@ FLOORS = (
     "opening",
     "keeping",
     "face loop",
-    "waiting",
+    "status waiting",
     "session",
     "resuming",
     "magics",
