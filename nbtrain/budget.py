@@ -58,6 +58,15 @@ def words(seconds: float | None) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def size(num_bytes: int) -> str:
+    """Write bytes as disks are sold: "48 kB", "1.2 GB"."""
+    value, unit = float(num_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value >= 999.5:
+            value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"
+
+
 class Budget:
     """Seconds from the start of the machine to the planned end of training.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nbtrain.budget import MARGIN, SLACK_S, Budget, seconds, words
+from nbtrain.budget import MARGIN, SLACK_S, Budget, seconds, size, words
 
 HOUR_S = 3600.0
 
@@ -151,3 +151,19 @@ def test_a_limit_may_change_while_the_clock_goes_on(clock: Clock) -> None:
     assert budget.left_s == 5400.0
     budget.limit_s = None
     assert budget.left_s == math.inf
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (48_300, "48 kB"),
+        (999_600, "1.0 MB"),
+        (1_240_000_000, "1.2 GB"),
+        (5 * 10**15, "5000 TB"),
+    ],
+)
+def test_bytes_are_written_as_disks_are_sold(num_bytes: int, words: str) -> None:
+    assert size(num_bytes) == words

@@ -152,22 +152,6 @@ def test_every_degree_is_told_by_its_name(degree: str) -> None:
     assert f"({degree}" in text(markup.saved(facts(saved=[PLACE | {"degree": degree}]), NOW))
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "words"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1.0 kB"),
-        (48_300, "48 kB"),
-        (999_600, "1.0 MB"),
-        (1_240_000_000, "1.2 GB"),
-        (5 * 10**15, "5000 TB"),
-    ],
-)
-def test_bytes_are_written_as_disks_are_sold(num_bytes: int, words: str) -> None:
-    assert markup.size(num_bytes) == words
-
-
 def test_no_text_of_the_users_becomes_markup() -> None:
     evil = facts(name=EVIL, resumed=EVIL, saved=[PLACE | {"place": EVIL}], store=EVIL, pending_bytes=1)
     pages = [

@@ -19,7 +19,7 @@ from html import escape
 from typing import Any, Protocol
 
 from nbtrain.bar import number
-from nbtrain.budget import words
+from nbtrain.budget import size, words
 from nbtrain.history import History
 from nbtrain.journal import Journal
 
@@ -237,15 +237,6 @@ def saved_words(place: Facts, now_s: float) -> str:
     age = words(now_s - place["at"])
     what = f"step {place['step']:,}, {size(place['num_bytes'])}, {age} ago, in {place['place']}"
     return f"{what} ({DEGREES.get(place['degree'], place['degree'])})"
-
-
-def size(num_bytes: int) -> str:
-    """Write bytes as disks are sold: "48 kB", "1.2 GB"."""
-    value, unit = float(num_bytes), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value >= 999.5:
-            value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"
 
 
 def alert(text: str) -> str:

@@ -19,6 +19,7 @@ from IPython.display import display
 
 from nbtrain import plots
 from nbtrain.bar import number
+from nbtrain.budget import size
 from nbtrain.face import markup
 from nbtrain.face.markup import Facts, Run
 
@@ -142,8 +143,8 @@ def _stages(arrays: plots.Columns) -> list[str]:
 
 
 def _saved(place: Facts) -> str:
-    at, size = _moment(place["at"]), markup.size(place["num_bytes"])
-    return f"step {place['step']:,}, {size}, {at}, in {place['place']} ({place['degree']})"
+    at, num_bytes = _moment(place["at"]), size(place["num_bytes"])
+    return f"step {place['step']:,}, {num_bytes}, {at}, in {place['place']} ({place['degree']})"
 
 
 def _moment(at_s: float) -> str:

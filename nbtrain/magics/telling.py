@@ -6,9 +6,7 @@ import ast
 import time
 from typing import Any
 
-from tqdm import tqdm
-
-from nbtrain.budget import words
+from nbtrain.budget import size, words
 from nbtrain.magics.listing import Found
 from nbtrain.recipe import Recipe
 
@@ -113,11 +111,6 @@ def table(names: list[str], rows: list[list[Any]]) -> str:
         ).rstrip()
         for line in lines
     )
-
-
-def size(num_bytes: int) -> str:
-    """Write a size as people do: "45.2MB"."""
-    return str(tqdm.format_sizeof(num_bytes, "B"))
 
 
 def _cell(value: Any) -> str:
