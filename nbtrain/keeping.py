@@ -1,4 +1,4 @@
-"""When a run is saved, what is written then, and what it means that a save failed.
+"""When a run is saved and loaded, what is said of it, and what it means that a save failed.
 
 The loop asks for a save and goes on; here is known what was saved last, so that nothing is written
 twice, and whether a failure is one to stop for: where nothing could be saved yet it is, later on the
@@ -11,6 +11,7 @@ import math
 import time
 from typing import Any
 
+from nbtrain.bar import goodbye, hello
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import NbtrainError
@@ -34,16 +35,17 @@ class Keeping:
         self._name, self._opened, self._live, self._lines = name, opened, live, lines
         self._every_s = every_s
 
-    def load(self) -> list[str]:
-        """Be what the newest whole checkpoint says, if there is one; return in words what differs."""
+    def load(self) -> None:
+        """Be what the newest whole checkpoint says, if there is one, and say so."""
         self.saver, found = self._opened.find(self._name)
-        self.is_fresh = found is None
+        self.is_fresh, self.resumed = found is None, "new"
         self._forget()
-        if found is None:
-            return []
-        notes = self._opened.put(found, self._live)
-        self._place = self._live.place
-        return notes
+        at, notes = None, []
+        if found is not None:
+            notes = self._opened.put(found, self._live)
+            self._place, at = self._live.place, self._at
+            self.resumed = f"resumed at step {self._live.step}"
+        self._lines.say(hello(self._name, self._opened.stores[-1].place, at, notes))
 
     def request(self, reason: str, valid_loss: float | None = None) -> None:
         """Save what is alive, in the background.
@@ -60,11 +62,11 @@ class Keeping:
         state |= self._opened.identity()
         number, recipe = self.saver.next_number(), self._opened.recipe_source
         self.saver.request(Snapshot(number, model, tensors, state, recipe, facts))
-        self._at, self._place, self._reason = self._opened.clock(), live.place, reason
+        self._saved_at, self._place, self._reason = self._opened.clock(), live.place, reason
 
     def begin(self) -> None:
         """Save before the first step: the place of a new session is tried out now, not at hour one."""
-        if self._at == -math.inf:
+        if self._saved_at == -math.inf:
             self.request("")
             if self.is_fresh:
                 self.saver.wait(copies=False)
@@ -95,9 +97,18 @@ class Keeping:
         if (rival := self.saver.rival()) is not None:
             self._lines.warn(rival)
 
+    def say_goodbye(self, reason: str, *, is_own: bool) -> None:
+        """Say where the run is, why it has ended there, and how it goes on."""
+        opened, live = self._opened, self._live
+        saved = list(self.saver.saved.values())[-1:]
+        where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
+        on = "the same cells" if is_own else opened.way_on(self._name)
+        reason = "done" if live.is_done else reason
+        self._lines.say(goodbye(self._name, self._at + where, reason, on, is_own=is_own))
+
     def is_due(self, now: float) -> bool:
         """Whether the last save is too long ago."""
-        return now - self._at >= self._every_s
+        return now - self._saved_at >= self._every_s
 
     def has(self, reason: str) -> bool:
         """Whether the place where the run is was saved, for this reason."""
@@ -109,6 +120,11 @@ class Keeping:
         budget = self._opened.budget
         return None if budget.limit_s is None else max(60.0, budget.left_s)
 
+    @property
+    def _at(self) -> str:
+        live = self._live
+        return f"epoch {live.progress:.2f}, step {live.step}, stage {live.stage}"
+
     def _heed(self, failure: Exception | None) -> None:
         if failure is None:
             return
@@ -117,4 +133,4 @@ class Keeping:
         self._lines.warn(f"A save failed, training goes on: {failure}")
 
     def _forget(self) -> None:
-        self._at, self._place, self._reason = -math.inf, (-1, -1, -1), ""
+        self._saved_at, self._place, self._reason = -math.inf, (-1, -1, -1), ""

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from nbtrain import opening, randomness
-from nbtrain.bar import Bar, Pace, goodbye, hello, number
+from nbtrain.bar import Bar, Pace, number
 from nbtrain.data import Epoch, Loader, moved
 from nbtrain.errors import SessionError
 from nbtrain.interrupts import Interrupts
@@ -35,6 +35,7 @@ from nbtrain.thread import TrainingThread
 from nbtrain.validation import validate
 
 SETTLE_S = 0.25  # how long losses stay on the device, unread
+TICK_S = 0.05  # between two looks at whether a loop that is held goes on
 STATES = {"done": "done", "pause": "paused", "error": "failed"}  # any other end is a stop
 
 
@@ -55,6 +56,7 @@ class Loop:
         self.name, self.live = name, live
         self.state, self.reason = "ready", ""
         self.is_own = opened.recipe is None  # the user's: nobody else knows its losses
+        self.is_watched = False  # whether a panel can resume it
         self.lines = Lines(shown=shows_bar)
         self.worker: TrainingThread | None = None
         self._opened, self._budget = opened, opened.budget
@@ -63,16 +65,13 @@ class Loop:
         self._fed: int | None = None
         self._thread: threading.Thread | None = None
         self._running_loop: Callable[[], Generator[Epoch] | None] = lambda: None
-        self._orders = Orders()
-        self._is_save_asked = False
+        self._orders, self._is_save_asked = Orders(), False
         folders = [s.root / name for s in opened.stores if isinstance(s, FolderStore)]
         self._order_files = OrderFiles(folders, self)
         self._interrupts, self._poll = Interrupts(), Poller()
-        self._settle_at = 0.0
-        self._pace = Pace()
-        self._num_loops = 0
+        self._settle_at, self._num_loops, self._pace = 0.0, 0, Pace()
         self.keeping = Keeping(name, opened, live, self.lines, save_every_s)
-        self.load()
+        self.keeping.load()
 
     # ---- what the session says
 
@@ -95,8 +94,11 @@ class Loop:
             self.live.update(window)
 
     def start(self, train: Callable[[], None]) -> None:
-        """Train in a thread of its own; from here on the state is "running"."""
+        """Train in a thread of its own, or let a loop that is held go on: the state is "running"."""
         with self._orders.lock:
+            if self.is_held:
+                self.state, self.reason = "running", ""
+                return
             opening.claim(self.name, self._opened, self)
             self.leave()
             if self.worker is not None:  # it trains no more, and is about to end
@@ -113,10 +115,6 @@ class Loop:
             self.state, self.reason = "running", ""
             thread.goes.set()
 
-    def order(self, word: str, act: Callable[[], None]) -> None:
-        """Do something at the next boundary, or now where nothing runs; `asked` is its word so long."""
-        self._orders.give(word, act)
-
     def halt(self, reason: str) -> None:
         """End the loop at the next boundary, for a reason; without a loop only a pause can be ended."""
         with self._orders.lock:
@@ -124,20 +122,20 @@ class Loop:
             if self._thread is None and self.state == "paused" and reason != "pause":
                 self._opened.close()
                 self.state, self.reason = "stopped", reason
-            self.order(reason, lambda: self._halt(reason, number))
+            self._orders.give(reason, lambda: self._halt(reason, number))
 
     def save(self) -> None:
         """Commit now; from another thread than the loop's, at the next boundary."""
         if self.runs_elsewhere:
             self._is_save_asked = True
-            self.order("save", self._save_once)
+            self._orders.give("save", self._save_once)
         else:
             self.keeping.request(self.reason)
             self.keeping.finish()
 
     def set(self, changes: dict[str, Any]) -> None:
         """Change settings at the next boundary."""
-        self.order("set", lambda: self._edit(changes))
+        self._orders.give("set", lambda: self._edit(changes))
 
     def leave(self) -> None:
         """End a loop of this thread that an error in a cell has left behind."""
@@ -154,6 +152,11 @@ class Loop:
     def runs_elsewhere(self) -> bool:
         """Whether another thread is in the loop."""
         return self._thread not in (None, threading.current_thread())
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a loop of the user's own stands still at a boundary, to be resumed."""
+        return self.state == "paused" and self._thread is not None
 
     @property
     def asked(self) -> str:
@@ -176,10 +179,10 @@ class Loop:
         live = self.live
         if live.is_done:
             self.state = self.reason = "done"
-            self._say_goodbye()
+            self.keeping.say_goodbye(self.reason, is_own=self.is_own)
             return
         with self._running():
-            while not self.reason and not live.is_done:
+            while (not self.reason or self._is_resumed()) and not live.is_done:
                 place = live.place
                 randomness.seed(self._opened.seed, "epoch", live.epoch)
                 yield Epoch(self._batches, live.epoch)
@@ -242,7 +245,7 @@ class Loop:
             if self._bar.is_due():
                 self.draw(self._bar)
             self.keeping.heed()
-        if not self._may_go_on("window"):
+        if not self._may_go_on("window") and not self._is_resumed():
             return False
         if self.keeping.is_due(now):
             self.keeping.request("")
@@ -258,14 +261,32 @@ class Loop:
             self.reason = "budget"
         return not self.reason
 
+    def _is_resumed(self) -> bool:
+        """Hold the user's own loop at a pause, saved, where a panel can resume it; whether one did."""
+        if self.reason != "pause" or not (self.is_own and self.is_watched):
+            return False
+        self.live.enter("pause", time.time())
+        self.keeping.request("pause")
+        self.keeping.saver.wait(copies=False)
+        self.keeping.say_goodbye("pause", is_own=False)
+        self.state, self._orders.asked = "paused", ""
+        while self.reason == "pause" and not self._interrupts.asked and self.has_time:
+            self._poll()
+            self._orders.obey()
+            time.sleep(TICK_S)
+        self.state, self._pace = "running", Pace()
+        if self.reason == "pause":
+            self.reason = ""
+        if goes_on := self._may_go_on("window"):
+            self.live.enter(None, time.time())
+        return goes_on
+
     def _close_epoch(self) -> None:
         self.live.settle()
-        metrics: dict[str, float] = {}
-        if self._opened.valid is not None:
-            found = self._validate(self._opened.valid)
-            if found is None:  # cut: the place stays at the epoch's end, where it is done again
-                return
-            metrics = found
+        valid = self._opened.valid
+        metrics = {} if valid is None else self._validate(valid)
+        if metrics is None:  # cut: the place stays at the epoch's end, where it is done again
+            return
         written = self.live.close_epoch(metrics)
         words_of = ", ".join(f"{name} {number(value)}" for name, value in written.items())
         ended = f"epoch {self.live.epoch}: loss {number(self.live.loss)}, {words_of}"
@@ -318,12 +339,10 @@ class Loop:
 
     def _begin(self) -> None:
         if self.live.is_torn:  # its checkpoint could not be read when the last loop ended
-            self.load()
+            self.keeping.load()
         if not self.live.task.model.training:
             self.live.task.model.train()
-        self._settle_at = 0.0
-        self._pace = Pace()
-        self._bar = self.bar()
+        self._settle_at, self._pace, self._bar = 0.0, Pace(), self.bar()
         self.live.enter(None, time.time())
         self.keeping.begin()
         self._order_files.start()
@@ -334,7 +353,7 @@ class Loop:
             self._orders.obey()
             if self.live.is_torn:
                 self.keeping.saver.wait(timeout_s=self.keeping.patience_s)
-                self.load()
+                self.keeping.load()
             self.live.go_back()
             self.live.enter(self.reason, time.time())
             if not self.keeping.has(self.reason):
@@ -344,7 +363,8 @@ class Loop:
             if self._orders.obey():  # given while it saved
                 self.keeping.request(self.reason)
                 self.keeping.finish()
-            self._say_goodbye()
+            self._bar.close()
+            self.keeping.say_goodbye(self.reason, is_own=self.is_own)
         finally:
             self._bar.close()
             with self._orders.lock:
@@ -353,26 +373,6 @@ class Loop:
                     self._opened.close()
                 self.state = STATES.get(self.reason, "stopped")
                 self._thread = self._fed = None
-
-    def load(self) -> None:
-        """Be what the newest whole checkpoint says, if there is one, and say so."""
-        notes = self.keeping.load()
-        at = None if self.keeping.is_fresh else self._at
-        self.resumed = "new" if at is None else f"resumed at step {self.live.step}"
-        self.lines.say(hello(self.name, self._opened.stores[-1].place, at, notes))
-
-    def _say_goodbye(self) -> None:
-        self._bar.close()
-        saved = list(self.keeping.saver.saved.values())[-1:]
-        where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
-        reason = "done" if self.live.is_done else self.reason
-        on = "the same cells" if self.is_own else self._opened.way_on(self.name)
-        self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=self.is_own))
-
-    @property
-    def _at(self) -> str:
-        live = self.live
-        return f"epoch {live.progress:.2f}, step {live.step}, stage {live.stage}"
 
     def bar(self, *, shown: bool = True) -> Bar:
         """Return a progress line; on another thread than the main one it draws nothing."""

@@ -341,6 +341,7 @@ class Session:
         """
         if not host.is_notebook():
             raise SessionError("A panel needs a notebook. Here there are status(), plot() and set().")
+        self._loop.is_watched = not self._opened.host.is_batch
         self._faced().show(panel=True)
 
     def plot(self, compare: Iterable[Session] = ()) -> Any:

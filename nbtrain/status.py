@@ -16,9 +16,9 @@ def of(session: Any, opened: Opened, loop: Loop) -> dict[str, Any]:
         "state": session.state,
         "reason": session.reason,
         "asked": session.asked,
-        "own_loop": loop.is_own,
+        "own_loop": loop.is_own and not loop.is_held,  # only its cell can go on
         "error": loop.worker.problem if loop.worker is not None else "",
-        "resumed": loop.resumed,
+        "resumed": loop.keeping.resumed,
         "stage": session.stage,
         "epoch": session.epoch,
         "epochs": session.journal.settings["epochs"],

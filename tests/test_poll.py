@@ -131,6 +131,47 @@ def test_clicks_and_values_act_within_100_ms_while_the_cell_trains(kernel: Noteb
         assert statistics.median(late_ms) < 100, late_ms
 
 
+OWN = """
+import tempfile, torch, nbtrain
+from torch import nn
+
+model = nn.Linear(4, 2)
+data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+session = nbtrain.Session(
+    "own", model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), train=data,
+    batch_size=8, num_workers=0, device="cpu", budget=None, store=tempfile.mkdtemp(),
+)
+session.panel()
+buttons = session._face.panel
+after = 0
+
+def loop():
+    global after
+    for x, y in session:
+        session.update(nn.functional.cross_entropy(model(x), y))
+        if session.step == 20:
+            print("trains", flush=True)
+        after += any("paused at" in line for line in session.lines)
+        if after == 20:
+            print("went on", flush=True)
+"""
+
+
+def test_pause_holds_a_loop_of_ones_own_until_resume(kernel: Notebook) -> None:
+    kernel.run(OWN)
+    ids = kernel.value(
+        "{name: getattr(buttons, name).model_id for name in ('_start', '_pause', '_stop')}"
+    )
+    cell = kernel.send("loop()")
+    for button, told in (("_pause", "trains"), ("_start", "paused at"), ("_stop", "went on")):
+        kernel.wait(lambda told=told: told in kernel.text(cell), told)
+        kernel.click(ids[button])
+    kernel.wait(lambda: cell in kernel.replies and kernel.is_idle(cell), "the cell has ended")
+    assert kernel.replies[cell]["content"]["status"] == "ok", kernel.of(cell, "error")
+    assert kernel.text(cell).count("ended by stop") == 1
+    assert kernel.value("session.state") == "stopped"
+
+
 def test_cells_that_were_queued_meanwhile_run_afterwards_in_their_order(kernel: Notebook) -> None:
     cell = kernel.start()
     queued = [kernel.send("print('first')")]

@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from runs import assert_same_bits, bits, build, in_fresh_process, session
 
 import nbtrain
-from nbtrain import waiting
+from nbtrain import checkpoint, waiting
+from nbtrain.stores import FolderStore
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -464,3 +466,80 @@ def test_a_loop_of_ones_own_is_not_to_be_resumed_by_a_button(tmp_path: Path) -> 
     assert "same cells" in run.lines[-1]
     run.run()
     assert not run.status()["own_loop"]
+
+
+def watched_loop(run: nbtrain.Session, then: Callable[[], None]) -> None:
+    """Train in a loop of its own that a panel watches, doing something once it is held at a pause."""
+    run._loop.is_watched = True
+
+    def press() -> None:
+        until(lambda: run.state == "paused")
+        then()
+
+    finger = threading.Thread(target=press)
+    finger.start()
+    try:
+        for batch in run:
+            loss, _, _ = run.task.run(batch)
+            run.update(loss)
+    finally:
+        finger.join()
+
+
+def test_a_loop_of_ones_own_that_is_watched_is_held_by_a_pause_until_resume(tmp_path: Path) -> None:
+    alone = session(tmp_path / "alone").run()
+    run = session(tmp_path / "held")
+    at_forward(run, 4, run.pause)
+    seen: list[Any] = []
+
+    def resume() -> None:
+        newest = checkpoint.find([FolderStore(tmp_path / "held")], run.name)[0]
+        seen.append((run.step, newest.facts["step"], run.status()["own_loop"]))
+        run.set(accumulate=run.journal.settings["accumulate"])  # heard while it is held
+        run.start()
+
+    watched_loop(run, resume)
+    [(step, saved, needs_its_cell)] = seen
+    assert step == saved > 0 and not needs_its_cell
+    assert run.state == "done"
+    assert [stage["ended"] for stage in run._live.stages] == ["done"]
+    assert_same_bits(bits(run), bits(alone))
+
+
+@pytest.mark.parametrize("end", ["stop", "interrupt", "budget"])
+def test_a_held_loop_of_ones_own_ends_by_stop_an_interrupt_and_the_clock(
+    tmp_path: Path, end: str
+) -> None:
+    run = endless(tmp_path, budget=1000, started_at=time.time())
+    at_forward(run, 4, run.pause)
+    ends = {
+        "stop": run.stop,
+        "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "budget": lambda: run.set(budget=1e-9),
+    }
+    with pytest.raises(KeyboardInterrupt) if end == "interrupt" else nullcontext():
+        watched_loop(run, ends[end])
+    assert (run.state, run.reason) == ("stopped", end)
+    assert endless(tmp_path).step == run.step > 0
+
+
+def test_a_pause_in_a_validation_holds_a_watched_loop_too(tmp_path: Path) -> None:
+    alone = session(tmp_path / "alone").run()
+    run = session(tmp_path / "held")
+    asked = []
+
+    def pause(module: torch.nn.Module, *_: object) -> None:
+        if not module.training and not asked:
+            asked.append(run.step)
+            run.pause()
+
+    run.task.model.register_forward_pre_hook(pause)
+    held: list[int] = []
+
+    def resume() -> None:
+        held.append(run.step)
+        run.start()
+
+    watched_loop(run, resume)
+    assert held == asked and run.state == "done"
+    assert_same_bits(bits(run), bits(alone))
