@@ -24,6 +24,7 @@ The map, from the call site down; a module imports only what stands below it::
     task         what `build` returns
     data         the samples in their order, from any position on
     thread       the thread that trains, computing as the cell would
+    grades       how good a resume is: what differs from the kernel before
     accumulation, budget, history, host, interrupts, orders, randomness, schedule, trees
     errors       every exception, as a tree
 

@@ -26,7 +26,7 @@ def hello(name: str, place: str, at: str | None, notes: list[str]) -> str:
     """Say where a session is found, and what is now other than it was."""
     if at is None:
         return f"{name}: new, in {place}."
-    return "\n  ".join([f"{name}: at {at}, from {place}.", *notes])
+    return "\n  ".join([f"{name}: resumed at {at}, from {place}.", *notes])
 
 
 def goodbye(name: str, at: str, reason: str, way_on: str, *, is_own: bool) -> str:

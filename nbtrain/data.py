@@ -286,6 +286,7 @@ class Loader:
         num_workers: int,
         pin_memory: bool = False,
     ) -> None:
+        self.num_workers = num_workers
         self._walk = Walk(order, batch_size, source.drop_last)
         self._torch: DataLoader[Any] = DataLoader(
             Keyed(source.dataset, source.collate, words),  # type: ignore[arg-type]

@@ -43,8 +43,9 @@ class Keeping:
         at, notes = None, []
         if found is not None:
             notes = self._opened.put(found, self._live)
-            self._place, at = self._live.place, self._at
-            self.resumed = f"resumed at step {self._live.step}"
+            grade = self._live.grade
+            self._place, at = self._live.place, f"{self._at} ({grade})"
+            self.resumed = f"resumed at step {self._live.step} ({grade})"
         self._lines.say(hello(self._name, self._opened.stores[-1].place, at, notes))
 
     def request(self, reason: str, valid_loss: float | None = None) -> None:
@@ -59,7 +60,7 @@ class Keeping:
         facts["at"] = time.time()
         is_score = valid_loss is not None and math.isfinite(valid_loss)
         facts["valid_loss"] = valid_loss if is_score else None
-        state |= self._opened.identity()
+        state |= self._opened.identity(live)
         number, recipe = self.saver.next_number(), self._opened.recipe_source
         self.saver.request(Snapshot(number, model, tensors, state, recipe, facts))
         self._saved_at, self._place, self._reason = self._opened.clock(), live.place, reason

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import accumulation, parts, trees
+from nbtrain import accumulation, grades, parts, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.data import Order
 from nbtrain.errors import LossError
@@ -38,7 +38,7 @@ class Live:
     ) -> None:
         self.task, self.journal = task, journal
         self.history = History()
-        self.stage = 1
+        self.stage, self.grade = 1, grades.NEW
         self.step = self.epoch = self.position = 0
         self.train_s = 0.0
         self.stages: list[dict[str, Any]] = []
@@ -93,12 +93,17 @@ class Live:
         )
 
     def enter(self, reason: str | None, now: float) -> None:
-        """Write into the list of stages how this one goes: begun, its first step done, ended."""
+        """Write into the list of stages how this one goes: begun, its first step done, ended.
+
+        Its grade is the lowest of all the times that it was opened in this kernel.
+        """
         if not self.stages or self.stages[-1]["stage"] != self.stage:
             new = {"stage": self.stage, "from_step": self.step, "began_at": now}
-            self.stages.append(new | {"first_step_at": None, "ended": None})
+            self.stages.append(new | {"first_step_at": None, "ended": None} | self.grade.plain())
         stage = self.stages[-1]
         stage["ended"] = reason
+        if self.grade.is_worse_than(stage["grade"]):  # its cells were run again, changed
+            stage |= self.grade.plain()
         if stage["first_step_at"] is None and self.step > stage["from_step"]:
             stage["first_step_at"] = now
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import platform
 import re
 import secrets
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from nbtrain import checkpoint, data, host, parts, randomness, recipe, task
+from nbtrain import checkpoint, data, grades, host, parts, randomness, recipe, task
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
@@ -40,7 +39,7 @@ from nbtrain.stores import FolderStore, find_store
 
 ARGUMENTS = (
     *(name for name in SETTINGS if name != "lr"),
-    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget"),
+    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget", "deterministic"),
 )
 DEFAULT_BATCH = 32
 UNKNOWN_LIMIT_S = 9 * 3600.0
@@ -85,6 +84,8 @@ class Opened:
         plain = {k: v.total_seconds() if isinstance(v, timedelta) else v for k, v in arguments.items()}
         self.arguments: dict[str, Any] = dict(plain, milestones=list(arguments["milestones"]))
         self.seed = arguments["seed"]
+        if arguments["deterministic"]:
+            randomness.deterministic()
         randomness.seed(self.seed, "build")
         self.task = _task(build, fields)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -162,7 +163,17 @@ class Opened:
         where = f"store={str(self.store)!r}, " if given else ""
         return f"nbtrain.resume({name!r}, {where}trust_code=True).run()"
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self, live: Live) -> dict[str, Any]:
+        """Return what can change a bit here and now, as plain values."""
+        return grades.fingerprint(
+            self.device,
+            self.task.model,
+            micro_batch=live.journal.settings["batch_size"],
+            num_workers=self.train.num_workers,
+            recipe=self.recipe.sha256[:12] if self.recipe else "",
+        )
+
+    def identity(self, live: Live) -> dict[str, Any]:
         """Return what a later kernel compares itself with, as plain values."""
         return {
             "arguments": self.arguments,
@@ -172,7 +183,7 @@ class Opened:
             "group_lrs": self._groups,
             "seed": self.seed,
             "kernel": kernel(),
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "fingerprint": self.fingerprint(live),
         }
 
     def find(self, name: str) -> tuple[Saver, Snapshot | None]:
@@ -185,7 +196,7 @@ class Opened:
         return Saver(name, self.stores, keep, self.budget, found, newest), snapshot
 
     def put(self, found: Snapshot, live: Live) -> list[str]:
-        """Put what was found back, and write into its journal what the user changed since.
+        """Put what was found back, grade that, and write into its journal what the user changed since.
 
         Returns:
             In words, what is now other than it was, or than the cell says.
@@ -218,6 +229,8 @@ class Opened:
                 notes.append(f"{name}={value} stays, as it was set live; it was opened with {opened}")
         if self.recipe is not None and found.recipe != self.recipe.source:
             notes.append("the code of build is not what it was; the new one is used")
+        # Last: the micro-batch is what the cell has just made it.
+        live.grade = grades.compare(state.get("fingerprint"), self.fingerprint(live))
         return notes
 
     def close(self) -> None:
@@ -244,6 +257,8 @@ def check_name(name: str) -> None:
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse what makes no sense before `build` is called, which may take minutes."""
     keep, seed, clip_norm = (arguments[name] for name in ("keep", "seed", "clip_norm"))
+    if type(arguments["deterministic"]) is not bool:
+        raise ValueError(f"deterministic={arguments['deterministic']!r} must be True or False.")
     if type(keep) is not int or keep < 2:
         raise ValueError(
             f"keep={keep!r} must be a whole number from 2 up: one damaged file is then not the end."

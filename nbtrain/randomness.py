@@ -14,6 +14,7 @@ epoch 0 of seed 1.
 
 from __future__ import annotations
 
+import os
 import random
 from hashlib import blake2b
 
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 
 Word = int | str
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def key(*words: Word) -> int:
@@ -47,3 +50,26 @@ def seed(*words: Word) -> None:
 def generator(*words: Word) -> torch.Generator:
     """Return a torch generator of its own, seeded from a key."""
     return torch.Generator().manual_seed(key(*words))
+
+
+def deterministic() -> None:
+    """Let each operation of torch give the same bits every time, or raise a RuntimeError.
+
+    It holds for the process, from here on. cuBLAS of a torch before 2.10 also needs a workspace that
+    is set in the environment before CUDA begins; a newer torch gives it one itself (pytorch#161749),
+    and is left alone: another workspace may mean other sums.
+
+    Raises:
+        ValueError: it is too late for that workspace; nothing was changed.
+    """
+    if torch.__version__ < "2.10" and WORKSPACE not in os.environ:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"deterministic=True comes too late: CUDA is in use, torch {torch.__version__} needs "
+                f"{WORKSPACE} before that, and it is not set. "
+                "Restart the kernel, and open the session before anything touches the GPU."
+            )
+        os.environ[WORKSPACE] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

@@ -61,6 +61,8 @@ class Session:
         base_lr, base_batch: Linear scaling: the rate, and the batch it was for.
         clip_norm: Largest norm of a step's gradient; None does not clip.
         device: None is the GPU if there is one.
+        deterministic: Whether an operation whose bits may vary on one machine raises, where torch
+            has no other form of it; on a GPU slower. False leaves torch's switches as they are.
         keep: Checkpoints to keep besides the best, at least 2.
         save_every: Longest time between two saves, besides those at the end of each epoch.
         bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
@@ -97,6 +99,7 @@ class Session:
         base_batch: int | None = None,
         clip_norm: float | None = None,
         device: str | torch.device | None = None,
+        deterministic: bool = False,
         keep: int = 3,
         save_every: str | float = "5m",
         bar: bool = True,

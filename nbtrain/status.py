@@ -19,6 +19,7 @@ def of(session: Any, opened: Opened, loop: Loop) -> dict[str, Any]:
         "own_loop": loop.is_own and not loop.is_held,  # only its cell can go on
         "error": loop.worker.problem if loop.worker is not None else "",
         "resumed": loop.keeping.resumed,
+        **live.grade.plain(),
         "stage": session.stage,
         "epoch": session.epoch,
         "epochs": session.journal.settings["epochs"],

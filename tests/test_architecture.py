@@ -18,7 +18,8 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_NAMES = 400, 50, 20
 # Bottom up; two on one floor do not know each other. A new module gets a place here.
 FLOORS = (
     "errors",
-    "accumulation budget history host interrupts orders randomness schedule source stores scales",
+    "accumulation budget grades history host interrupts orders randomness schedule source stores "
+    "scales",
     "poll task thread trees",
     "bar checkpoint data journal lines parts recipe frames",
     "live plots saving validation",

@@ -99,6 +99,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "clip_norm=-1.0": ({}, "above 0, or None"),
     "clip_norm=0": ({}, "above 0, or None"),
     "num_workers=-1": ({}, "from 0 up"),
+    "deterministic=1": ({}, "True or False"),
     "base_lr=0.1": ({}, "go together"),
     "base_lr=-0.1": ({"base_batch": 32}, "above 0"),
     "budget='soon'": ({}, '"9h"'),

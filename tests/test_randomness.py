@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from nbtrain.randomness import generator, key, seed
+from nbtrain.randomness import WORKSPACE, deterministic, generator, key, seed
 
 
 def drawn() -> list[Any]:
@@ -93,3 +95,55 @@ def test_dropout_on_the_gpu_is_keyed_too() -> None:
         found.append(torch.nn.functional.dropout(torch.ones(99, device="cuda"), 0.5))
         torch.rand(3, device="cuda")
     assert torch.equal(*found)
+
+
+@pytest.fixture
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Put torch's switches back, and let no workspace be set."""
+    monkeypatch.setenv(WORKSPACE, "")  # so that it is put back in any case
+    monkeypatch.delenv(WORKSPACE)
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", cudnn.deterministic)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    yield monkeypatch
+    torch.use_deterministic_algorithms(False)
+
+
+def is_switched() -> list[bool]:
+    cudnn = torch.backends.cudnn
+    return [torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, not cudnn.benchmark]
+
+
+def test_deterministic_turns_all_switches_and_refuses_an_operation(
+    switches: pytest.MonkeyPatch,
+) -> None:
+    assert not any(is_switched())
+    deterministic()
+    assert all(is_switched())
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("version", "workspace"), [("2.9.1+cu128", ":4096:8"), ("2.10.0", None), ("3.0.0", None)]
+)
+def test_a_workspace_is_set_for_a_torch_that_needs_it(
+    switches: pytest.MonkeyPatch, version: str, workspace: str | None
+) -> None:
+    switches.setattr(torch, "__version__", type(torch.__version__)(version))
+    switches.setattr(torch.cuda, "is_initialized", lambda: workspace is None)
+    deterministic()
+    assert os.environ.get(WORKSPACE) == workspace and all(is_switched())
+
+
+def test_a_workspace_that_comes_too_late_is_refused_before_anything_is_changed(
+    switches: pytest.MonkeyPatch,
+) -> None:
+    switches.setattr(torch, "__version__", type(torch.__version__)("2.9.1"))
+    switches.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match=r"(?s)too late.*2\.9\.1.*Restart the kernel"):
+        deterministic()
+    assert not any(is_switched()) and WORKSPACE not in os.environ
+    switches.setenv(WORKSPACE, ":16:8")
+    deterministic()
+    assert all(is_switched()) and os.environ[WORKSPACE] == ":16:8"

@@ -1,6 +1,6 @@
 """What a session says of itself, as HTML: the page's own colours and font, and every text escaped.
 
-    ● running  cifar   stage 2, resumed at step 120
+    ● running  cifar   stage 2, resumed at step 120 (exact)
     epoch 3.20 of 20 · step 1,240 · loss 0.4123 · learning rate 0.05 · 1,204 samples/s
 
     epoch   [#####...............]  1,000 of 5,000 samples, 3m20s left

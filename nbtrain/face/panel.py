@@ -1,6 +1,6 @@
 """The panel: widgets that show a session's facts and call its verbs, and own no state of the run.
 
-    ● running  cifar  stage 2, resumed at step 120        told by `status()`, every two seconds
+    ● running  cifar  stage 2, resumed at step 120 (exact)        told by `status()`, every two seconds
     epoch, run and budget as bars
     [Resume] [Pause] [Checkpoint now] [Stop]              labels follow the state, never the click
     Checkpoint: step 1,200, 48 MB, 2m10s ago, in ...
