@@ -170,7 +170,7 @@ class Opened:
             self.task.model,
             micro_batch=live.journal.settings["batch_size"],
             num_workers=self.train.num_workers,
-            recipe=self.recipe.sha256[:12] if self.recipe else "",
+            recipe=self.recipe.code_sha256[:12] if self.recipe else "",
         )
 
     def identity(self, live: Live) -> dict[str, Any]:
@@ -227,7 +227,8 @@ class Opened:
             if name in self.arguments and value != self.settings[name]:
                 opened = self.settings[name]
                 notes.append(f"{name}={value} stays, as it was set live; it was opened with {opened}")
-        if self.recipe is not None and found.recipe != self.recipe.source:
+        kept = recipe.Recipe(found.recipe, "")
+        if self.recipe is not None and kept.code_sha256 != self.recipe.code_sha256:
             notes.append("the code of build is not what it was; the new one is used")
         # Last: the micro-batch is what the cell has just made it.
         live.grade = grades.compare(state.get("fingerprint"), self.fingerprint(live))

@@ -68,6 +68,7 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _MIXED = re.compile(r"(?<=[a-z])[A-Z0-9]|(?<=[A-Z])[a-z0-9]|(?<=[0-9])[A-Za-z]")
+_REACHED = re.compile(r"^import \w+(?:\.\w+)+\n", re.MULTILINE)
 _SECRET_VARIABLE = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|KAGGLE_KEY")
 
 
@@ -89,6 +90,15 @@ class Recipe:
     def sha256(self) -> str:
         """Name the source by its content, in hex."""
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def code_sha256(self) -> str:
+        """Name the code by its content, whichever packages were loaded when it was captured.
+
+        A submodule that is reached by attributes, such as numpy.random, is imported by a line of its
+        own only if it was loaded by then; that line tells of the kernel and not of the code.
+        """
+        return hashlib.sha256(_REACHED.sub("", self.source).encode()).hexdigest()
 
     def load(self, session: str) -> Callable[..., Any]:
         """Run the source in a module of its own and return `build`.

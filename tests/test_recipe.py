@@ -324,6 +324,17 @@ def test_a_submodule_reached_by_attributes_is_imported(notebook, tmp_path):
     assert rebuilt(kept, tmp_path) == "('a', 'Future')"
 
 
+def test_what_was_loaded_meanwhile_does_not_make_it_other_code():
+    """A kernel in which numpy.random was not used yet writes no line for it."""
+    code = "import numpy as np\n{}import torch\n\n\ndef build():\n    return np.random.rand({})\n"
+    early, late = Recipe(code.format("", 1), ""), Recipe(code.format("import numpy.random\n", 1), "")
+    other = Recipe(code.format("", 2), "")
+    assert early.sha256 != late.sha256 and early.code_sha256 == late.code_sha256
+    assert early.code_sha256 != other.code_sha256
+    renamed = Recipe(early.source.replace("numpy as", "cupy.numpy as"), "")
+    assert early.code_sha256 != renamed.code_sha256
+
+
 def test_the_public_path_of_an_installed_name_is_written(notebook, tmp_path):
     kept = notebook(
         """
