@@ -5,10 +5,12 @@ The map, from the call site down; a module imports only what stands below it::
     magics       %nbtrain: thin words over what stands below
     resuming     resume: one line in a fresh kernel
     session      Session: the story of a run
+    auditing     audit: does this code train reproducibly, and if not, where is the hidden randomness
     status       what is known of a session, as plain values
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
+    trial        the first steps of a run, trained for their bits alone
     keeping      when a run is saved
     opening      from what the user wrote to what is alive
     saving       snapshots to checkpoints in the background
@@ -25,6 +27,7 @@ The map, from the call site down; a module imports only what stands below it::
     data         the samples in their order, from any position on
     thread       the thread that trains, computing as the cell would
     grades       how good a resume is: what differs from the kernel before
+    evidence     what an action moves, and whom it asks
     accumulation, budget, history, host, interrupts, orders, randomness, schedule, trees
     errors       every exception, as a tree
 
@@ -51,6 +54,8 @@ from nbtrain.errors import (
 from nbtrain.schedule import Schedule
 
 if TYPE_CHECKING:
+    from nbtrain.auditing import audit
+    from nbtrain.randomness import sample_rng
     from nbtrain.resuming import resume
     from nbtrain.session import Session
     from nbtrain.task import Task
@@ -70,7 +75,9 @@ __all__ = [
     "Task",
     "TaskError",
     "TrustError",
+    "audit",
     "resume",
+    "sample_rng",
 ]
 
 __version__ = version("nbtrain")
@@ -78,13 +85,16 @@ __version__ = version("nbtrain")
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for: `%load_ext nbtrain` must answer at once."""
-    if name in ("Session", "Task", "resume"):
+    if name in ("Session", "Task", "audit", "resume", "sample_rng"):
+        from nbtrain.auditing import audit
+        from nbtrain.randomness import sample_rng
         from nbtrain.resuming import resume
         from nbtrain.session import Session
         from nbtrain.task import Task
 
-        # All three, so that a recipe finds each under this name, whichever was asked for.
-        globals().update(Session=Session, Task=Task, resume=resume)
+        # All of them, so that a recipe finds each under this name, whichever was asked for.
+        lazy = {"Session": Session, "Task": Task, "audit": audit, "resume": resume}
+        globals().update(lazy, sample_rng=sample_rng)
         return globals()[name]
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")

@@ -74,6 +74,7 @@ class Opened:
         self.budget, self.clock_words = make_budget(self.host, budget, started_at, self.clock)
         self.store, self.stores = store, stores(store, self.host)
         refuse_second(name, self)  # before `build`, whose random numbers would go into the training
+        self.build = build
         self.recipe = None if build is None else recipe.capture(build)
         for problem in self.recipe.problems if self.recipe else ():
             warnings.warn(
@@ -105,12 +106,7 @@ class Opened:
         self._groups = _built_rates.setdefault(self.task.optimizer, rates)
         self.journal = Journal(self.settings, self._groups)
         self._refuse_two_schedules()
-        size, length = self.settings["batch_size"], len(self.source.dataset)
-        if self.source.drop_last and size > length:
-            raise DataError(
-                f"batch_size={size} with drop_last leaves nothing of {length} samples. "
-                "Make it smaller, or keep the last batch."
-            )
+        refuse_nothing_left(self.source, self.settings["batch_size"])
         self.order = data.Order(self.source, self.seed)
         self.train = self._loader(self.source, "train", self.order)
         self.valid: data.Loader | None = None
@@ -273,6 +269,16 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     if settings["batch_size"] is None:  # the DataLoader's, which is not known yet
         settings["batch_size"] = DEFAULT_BATCH
     check(settings)
+
+
+def refuse_nothing_left(source: data.Source, size: int) -> None:
+    """Refuse batches of which the data do not fill one, where one that is not full is dropped."""
+    length = len(source.dataset)
+    if source.drop_last and size > length:
+        raise DataError(
+            f"batch_size={size} with drop_last leaves nothing of {length} samples. "
+            "Make it smaller, or keep the last batch."
+        )
 
 
 def stores(store: Any, here: host.Host) -> list[Any]:

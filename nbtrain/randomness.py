@@ -73,3 +73,17 @@ def deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def sample_rng() -> np.random.Generator:
+    """Return a numpy generator for the sample that is being read: call it in `__getitem__`.
+
+    It is seeded from python's `random`, which is keyed for each sample: the same sample gets the same
+    numbers, whatever the worker and whatever was read before. Each call within a sample goes on, so two
+    transforms have numbers of their own. Do not keep it: one that is kept in `__init__` is a stream
+    again. Outside a session it is as random as `random` is.
+
+    For torch use its module-level functions, which are keyed too; where an own generator is needed,
+    `torch.Generator().manual_seed(int(sample_rng().integers(2**63)))`.
+    """
+    return np.random.default_rng(random.getrandbits(128))

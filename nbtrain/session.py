@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import checkpoint, host, opening, parts, status, waiting
+from nbtrain import auditing, checkpoint, host, opening, parts, status, waiting
+from nbtrain.auditing import Audit
 from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.data import Epoch
@@ -245,6 +246,15 @@ class Session:
         self._loop.save()
 
     # ---- reading
+
+    def audit(self, steps: int = 4) -> Audit:
+        """Audit this session's `build` with its settings, as `nbtrain.audit` does; it stays as it is.
+
+        Raises:
+            SessionError: it is training, or was made without `build`.
+        """
+        settings = self.journal.settings
+        return auditing.audit_session(self.name, self.state, self._opened, settings, steps)
 
     @property
     def state(self) -> str:

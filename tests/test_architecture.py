@@ -20,13 +20,13 @@ FLOORS = (
     "errors",
     "accumulation budget grades history host interrupts orders randomness schedule source stores "
     "scales",
-    "poll task thread trees",
+    "evidence poll task thread trees",
     "bar checkpoint data journal lines parts recipe frames",
     "live plots saving validation",
     "opening",
-    "keeping",
+    "keeping trial",
     "face loop",
-    "status waiting",
+    "status waiting auditing",
     "session",
     "resuming",
     "magics",
@@ -53,7 +53,9 @@ NAMES = [
     "Task",
     "TaskError",
     "TrustError",
+    "audit",
     "resume",
+    "sample_rng",
 ]
 
 

@@ -94,6 +94,8 @@ class NbtrainMagics(Magics):
         %nbtrain plot [NAME ...]    the curves, with those of other sessions of this notebook over them
         %nbtrain history            the last epochs, and the last step
         %nbtrain list               the sessions found in every place
+        %nbtrain audit [STEPS]      train the first steps several times and compare all bits: is this
+                                    session's `build` reproducible, or else the notebook's `build`?
         %nbtrain help               this
         %%nbtrain recipe [FUNCTION] as the very first line of a cell: run it, and check that all that
                                     `build` (or FUNCTION) needs can be kept for a fresh kernel
@@ -117,6 +119,7 @@ class NbtrainMagics(Magics):
                 "plot": self._plot,
                 "history": lambda said: print(_history()),
                 "list": lambda said: print(_list(said)),
+                "audit": self._audit,
                 "status": lambda said: print(_status()),
                 "help": lambda said: print(inspect.cleandoc(self.nbtrain.parser.description)),
             }
@@ -176,6 +179,20 @@ class NbtrainMagics(Magics):
         session = _session()
         others = [known[name] for name in said.names if known[name] is not session]
         display(session.plot(compare=others) if others else session.plot())
+
+    def _audit(self, said: Said) -> None:
+        text, session = said.name() or "4", newest()
+        if not text.isdecimal() or int(text) < 1:
+            raise UsageError(f"{text!r} is no number of steps. Write a whole one: %nbtrain audit 8.")
+        if session is not None:
+            session.audit(int(text))
+            return
+        build = self._build or self._shell.user_ns.get("build")
+        if not callable(build):
+            raise UsageError("There is no session and no function `build` here that could be audited.")
+        from nbtrain.auditing import audit
+
+        audit(build, int(text))
 
     def _give(self, session: Session) -> None:
         """Let the user's code have the session, under a name that takes nothing away."""

@@ -14,9 +14,9 @@ from IPython.core.error import UsageError
 
 WORDS = (
     *("start", "resume", "pause", "save", "stop", "set"),
-    *("panel", "plot", "history", "list", "status", "help"),
+    *("panel", "plot", "history", "list", "audit", "status", "help"),
 )
-NAMED, VALUED = ("start", "resume", "plot"), ("start", "resume", "set", "list")
+NAMED, VALUED = ("start", "resume", "plot", "audit"), ("start", "resume", "set", "list")
 
 
 @dataclass
