@@ -249,6 +249,8 @@ def _blamed(what: str, way_out: str, seen: Seen, act: Callable[[], Any]) -> str:
     if seen.put_back() and act() == seen.result:
         return f"{what}\n  {_few(seen.names)}\n{way_out}"
     found = seen.entropy + seen.names + seen.others
+    if not seen.entropy and not seen.names:
+        way_out = "Let it keep nothing from one call to the next that changes what it gives."
     found = found or ["nothing that was looked at has moved: it may be kept in C, or in a file"]
     return f"{what}\n  {_few(found)}\n{way_out}"
 
@@ -256,6 +258,10 @@ def _blamed(what: str, way_out: str, seen: Seen, act: Callable[[], Any]) -> str:
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
@@ -270,10 +276,11 @@ def _trained(bench: Bench, cause: str) -> Audit:
     notes = []
     others = [n for n in WORKERS if n != trials[0].num_workers]
     for number in others if "fork" in multiprocessing.get_all_start_methods() else ():
+        label = _counted(number, "worker")
         try:
-            trials.append(_trial(bench, f"{number} workers".replace("1 workers", "1 worker"), number))
+            trials.append(_trial(bench, label, number))
         except DataError as error:  # not the number that was asked for
-            notes.append(f"With {number} workers it could not be read: {error}")
+            notes.append(f"Note: with {label} the data could not be read. {error}")
     differ = [trial for trial in trials if trial.bits != trials[0].bits]
     result = Audit(not (differ or cause), cause, digits=trials[0].digits)
     result.step = _first_step(trials)
@@ -302,7 +309,7 @@ def _first_step(trials: list[Trial]) -> int | None:
 
 
 def _verdict(bench: Bench, trials: list[Trial], result: Audit) -> str:
-    steps = f"{bench.steps} steps" if bench.steps > 1 else "1 step"
+    steps = _counted(bench.steps, "step")
     numbers = sorted({trial.num_workers for trial in trials})
     same = f"{RUNS} runs and workers {', '.join(map(str, numbers))} gave the same bits for {steps}"
     if result.ok:
@@ -326,7 +333,7 @@ def _verdict(bench: Bench, trials: list[Trial], result: Audit) -> str:
 def _with_other_threads(bench: Bench, first: Trial, notes: list[str]) -> list[Trial]:
     now = torch.get_num_threads()
     other = 1 if now > 1 else 2
-    trial = _trial(bench, f"{other} thread{'s' * (other > 1)}", threads=other)
+    trial = _trial(bench, _counted(other, "thread"), threads=other)
     if trial.bits != first.bits:
         notes.append(
             f"Note: another number of CPU threads, {other} for {now}, gives other last bits. "

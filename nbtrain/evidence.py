@@ -133,19 +133,21 @@ def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    for name, item in list(getattr(value, "__dict__", {}).items()):
+    own = dict(getattr(value, "__dict__", {}))
+    for name, item in own.items():
         if not (isinstance(value, nn.Module) and name in HIDDEN):
             yield f"{path}.{name}", item
     if isinstance(value, nn.Module):
         yield from ((f"{path}.{name}", module) for name, module in value.named_children())
     for kind in type(value).__mro__:
-        if is_library(getattr(sys.modules.get(kind.__module__), "__file__", "") or ""):
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+        if kind.__module__ in sys.builtin_module_names or is_library(file):
             continue
         for name, item in list(vars(kind).items()):
-            function = inspect.unwrap(getattr(item, "__func__", getattr(item, "fget", item)))
+            function: Any = getattr(item, "__func__", getattr(item, "fget", item))
             if isinstance(function, types.FunctionType):
-                yield f"{kind.__name__}.{name}", function
-            elif isinstance(item, tuple(GENERATORS)):
+                yield f"{kind.__name__}.{name}", inspect.unwrap(function)
+            elif isinstance(item, (*GENERATORS, *SIZED, *PLAIN)) and name not in own:
                 yield f"{path}.{name}", item
 
 

@@ -203,6 +203,11 @@ def test_the_question_mark_shows_the_help_and_the_options(told: Any) -> None:
         ("%nbtrain recipe", "as its very first line"),
         ("%%nbtrain strat\n1", "goes with one word: %%nbtrain recipe"),
         ("%nbtrain list size=3", "%nbtrain list store=PLACE"),
+        ("%nbtrain audit many", "'many' is no number of steps"),
+        ("%nbtrain audit 0", "'0' is no number of steps"),
+        ("%nbtrain audit 2 3", "2 3 is more than one"),
+        ("%nbtrain audit steps=2", "audit takes no 'steps'"),
+        ("%nbtrain audit", "no session and no function `build`"),
     ],
 )
 @pytest.mark.usefixtures("alone")
@@ -287,6 +292,45 @@ def test_a_word_is_one_verb_of_the_session(
     monkeypatch.setattr(magics, "newest", lambda: fake)
     assert told(f"%nbtrain {line}")[1]
     assert fake.heard == [(verb, {})]
+
+
+def test_audit_is_of_the_session(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    fake = SimpleNamespace(name="fake", audit=heard.append)
+    monkeypatch.setattr(magics, "newest", lambda: fake)
+    assert told("%nbtrain audit")[1]
+    assert told("%nbtrain audit 7")[1]
+    assert heard == [4, 7]
+
+
+@pytest.mark.usefixtures("alone")
+def test_audit_without_a_session_is_of_the_notebooks_build(told: Any) -> None:
+    told(RECIPE)
+    told("WIDTH = 2")
+    said, is_well = told("%nbtrain audit 2")
+    assert is_well
+    assert "gave the same bits for 2 steps." in said
+
+
+def test_audit_names_the_line_of_a_cell(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(magics, "newest", lambda: None)
+    told(RECIPE.replace("index / 24)", "np.random.default_rng().normal())"))
+    told("import numpy as np; WIDTH = 2")
+    said, is_well = told("%nbtrain audit 1")
+    assert is_well, "what it found is no error of the cell"
+    assert "`return torch.full((4,), np.random.default_rng().normal()), index % 2` (line 9, in" in said
+
+
+def test_audit_refuses_in_one_line_while_the_session_trains(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(tmp_path)
+    monkeypatch.setattr(magics, "newest", lambda: run)
+    for _ in run:
+        said, is_well = told("%nbtrain audit")
+        assert not is_well
+        assert said == "SessionError: 'tiny' is training. Pause it first, then audit it.\n"
+        break
 
 
 # ---- Tab

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbtrain.randomness import WORKSPACE, deterministic, generator, key, seed
+from nbtrain.randomness import WORKSPACE, deterministic, generator, key, sample_rng, seed
 
 
 def drawn() -> list[Any]:
@@ -147,3 +147,16 @@ def test_a_workspace_that_comes_too_late_is_refused_before_anything_is_changed(
     switches.setenv(WORKSPACE, ":16:8")
     deterministic()
     assert all(is_switched()) and os.environ[WORKSPACE] == ":16:8"
+
+
+def test_a_samples_own_numpy_generator_is_a_function_of_its_key() -> None:
+    found = []
+    for before in range(2):
+        random.Random(before)
+        np.random.default_rng(before)
+        seed(0, "train", 0, 7)
+        found.append([sample_rng().normal(size=3), sample_rng().normal(size=3)])
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(*found[0]), "a second one in the same sample goes on"
+    seed(0, "train", 0, 8)
+    assert not np.array_equal(sample_rng().normal(size=3), found[0][0])
