@@ -9,6 +9,7 @@ entropy, the time, or which process or worker this is.
 from __future__ import annotations
 
 import datetime
+import dis
 import functools
 import inspect
 import itertools
@@ -43,6 +44,7 @@ GENERATORS = {
 SIZED = (dict, list, set, deque)
 PLAIN = (bool, int, float, str, bytes, type(None), itertools.count)
 ENTROPY = (os.urandom, time.time, time.time_ns, time.perf_counter, time.perf_counter_ns, time.monotonic)
+LOADS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"}  # no local of that name
 HIDDEN = {"_parameters", "_buffers", "_modules"}  # of a module: saved, or walked under plain names
 LIBRARIES = tuple(
     {str(Path(sysconfig.get_paths()[name])) for name in ("stdlib", "purelib", "platlib")}
@@ -94,7 +96,11 @@ def holdings(roots: Mapping[str, Any]) -> dict[str, Any]:
     Followed are attributes, items, what functions close over, and the globals that functions and
     methods of the user's own code name. The process's own generators are left out: they are keyed.
     """
-    found: dict[str, Any] = {}
+    kinds = (*GENERATORS, *SIZED, *PLAIN)
+    return {path: value for path, value in _walk(roots) if isinstance(value, kinds)}
+
+
+def _walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     seen = {id(one): one for one in (torch.default_generator, random._inst, np.random.mtrand._rand)}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         seen |= {id(one): one for one in torch.cuda.default_generators}
@@ -102,15 +108,11 @@ def holdings(roots: Mapping[str, Any]) -> dict[str, Any]:
     while todo and len(seen) < MAX_OBJECTS:
         path, value = todo.popleft()
         if isinstance(value, PLAIN):
-            found[path] = value
-            continue
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value  # kept alive, so that no other object gets its id
-        if isinstance(value, (*GENERATORS, *SIZED)):
-            found[path] = value
-        todo.extend(_inside(path, value))
-    return found
+            yield path, value
+        elif id(value) not in seen:
+            seen[id(value)] = value  # kept alive, so that no other object gets its id
+            yield path, value
+            todo.extend(_inside(path, value))
 
 
 def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -211,6 +213,8 @@ class Seen:
         others: Numbers and sizes that changed, in words.
         entropy: Lines that ask for entropy or the time.
         places: Lines that ask which process or worker this is.
+        before: By path, the states of those generators.
+        functions: The user's, but for those that only make an object.
     """
 
     result: Any = None
@@ -219,12 +223,25 @@ class Seen:
     entropy: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     before: dict[str, Any] = field(default_factory=dict, repr=False)
+    functions: list[types.FunctionType] = field(default_factory=list, repr=False)
 
     @property
     def names(self) -> list[str]:
-        """The generators that moved, in words."""
-        kinds = {path: _kind(value) for path, value in self.generators.items()}
-        return [f"{path}, a {kind}" for path, kind in kinds.items()]
+        """The generators that moved, and where the user's code uses them."""
+        return [
+            f"{path}, a {_kind(value)}{''.join(self._uses(path)[:1])}"
+            for path, value in self.generators.items()
+        ]
+
+    def _uses(self, path: str) -> list[str]:
+        name = path.partition(",")[0].replace(" ", ".").rpartition(".")[2].partition("[")[0]
+        return [
+            f", in {_line(function.__code__, one.positions.lineno)}"
+            for function in self.functions
+            for one in dis.get_instructions(function)
+            if one.argval == name and one.opname in LOADS
+            if one.positions is not None and one.positions.lineno is not None
+        ]
 
     def put_back(self) -> bool:
         """Put the generators back to where they were; False where one was made only meanwhile."""
@@ -252,6 +269,13 @@ def watch(action: Callable[[], Any], **roots: Any) -> Seen:
             seen.others.append(f"{path} (of {before[path]} items before, {state} after)")
         elif path in before:
             seen.others.append(f"{path} ({before[path]} before, {state} after)")
+    seen.functions = [
+        value
+        for _, value in _walk(roots)
+        if isinstance(value, types.FunctionType)
+        and value.__name__ != "__init__"
+        and not is_library(value.__code__.co_filename)
+    ]
     seen.before = {p: before[p] for p in seen.generators if isinstance(held.get(p), tuple(GENERATORS))}
     return seen
 
@@ -301,11 +325,14 @@ def _add(lines: list[str], frame: types.FrameType | None, *, is_near: bool = Fal
         frame = frame.f_back
     if frame is None or is_library(frame.f_code.co_filename):
         return
-    code = frame.f_code
-    text = linecache.getline(code.co_filename, frame.f_lineno, frame.f_globals).strip() or "?"
-    line = f"`{text}` (line {frame.f_lineno}, in {code.co_qualname.split('<locals>.')[-1]})"
+    line = _line(frame.f_code, frame.f_lineno)
     if line not in lines:
         lines.append(line)
+
+
+def _line(code: types.CodeType, number: int) -> str:
+    text = linecache.getline(code.co_filename, number).strip() or "?"
+    return f"`{text}` (line {number}, in {code.co_qualname.split('<locals>.')[-1]})"
 
 
 def _kind(value: Any) -> str:

@@ -196,7 +196,9 @@ def test_the_data_sets_own_generator_is_named_by_its_path(
     assert not found.ok
     assert found.step is not None, "runs without workers and with two cannot be the same"
     assert "A sample depends on what was read before it" in found.cause
-    assert f"\n  train.dataset.extra.rng, a {kind}\n" in found.cause
+    assert (
+        f"\n  train.dataset.extra.rng, a {kind}, in `return self.draw(self.rng)` (line" in found.cause
+    )
     assert "nbtrain.sample_rng()" in found.cause
 
 
