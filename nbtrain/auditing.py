@@ -192,14 +192,14 @@ def _of_order(bench: Bench) -> str:
 def _of_samples(bench: Bench, one: Fresh, two: Fresh) -> str:
     """Read the same places in two orders: what comes at one must not depend on what came before."""
     indices = [int(index) for index in one.order(0)[: one.batch_size]]
-    a, b, c = (_read(bench, one, epoch, indices) for epoch in (0, 1, 0))
-    e, d = (_read(bench, two, epoch, indices) for epoch in (1, 0))
-    if a == c == d and b == e:
+    first, _, again = (_read(bench, one, epoch, indices) for epoch in (0, 1, 0))
+    _, later = (_read(bench, two, epoch, indices) for epoch in (1, 0))
+    if first == again == later:
         return ""
     fresh = bench.fresh()
     act = partial(_read, bench, fresh, 0, indices)
     seen = watch(act, train=fresh.task.train, collate=fresh.source.collate)
-    what = "A sample depends on what was read before it: " if a != c else ""
+    what = "A sample depends on what was read before it: " if first != again else ""
     what = what or "A sample of the same epoch and position differs from build to build: "
     return _blamed(what + "a resumed run, or another number of workers, gets others.", DRAW, seen, act)
 

@@ -261,6 +261,22 @@ def test_a_generator_that_is_kept_but_not_drawn_from_is_no_fault() -> None:
     assert audited(lambda: task(Samples(Transform(np.random.default_rng(0), lambda rng: 0.5)))).ok
 
 
+def test_what_moves_but_is_not_the_cause_is_not_named() -> None:
+    class Counting(Transform):
+        reads = 0
+
+        def __call__(self, index: int) -> float:
+            self.reads += 1
+            return super().__call__(index)
+
+    def build() -> nbtrain.Task:
+        return task(Samples(Counting(np.random.default_rng(0), lambda rng: float(rng.normal()))))
+
+    cause = audited(build, steps=1).cause
+    assert "train.extra.rng" in cause
+    assert "reads" not in cause
+
+
 def test_a_sampler_with_a_generator_of_its_own_is_named() -> None:
     class Order(torch.utils.data.Sampler[int]):
         def __init__(self) -> None:
@@ -485,6 +501,9 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ]
 
     monkeypatch.chdir(tmp_path)
+    random.seed(12)  # states that no audit before has left
+    np.random.seed(34)
+    torch.manual_seed(56)
     before, numpy = flags(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
     states = [random.getstate(), torch.get_rng_state(), numpy]
     threads, newest = threading.enumerate(), nbtrain.session.newest()
