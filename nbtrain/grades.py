@@ -84,7 +84,7 @@ class Grade:
 
     def is_worse_than(self, word: str) -> bool:
         """Whether this promises less than another grade's word; "new" promises as much as "exact"."""
-        return max(WORDS.index(self.word), 1) > max(WORDS.index(word), 1)
+        return WORDS.index(self.word) > max(WORDS.index(word), 1)
 
 
 NEW = Grade("new")

@@ -388,12 +388,13 @@ def test_a_micro_batch_that_was_set_live_is_the_runs_own(tmp_path: Path) -> None
     run = begun(tmp_path)
     run.set(batch_size=5)
     run.save()
-    run.run()
     assert session(tmp_path).status()["grade"] == "exact"
+    assert session(tmp_path, batch_size=5).status()["grade"] == "exact"
 
 
 def test_the_kernel_is_read_when_a_checkpoint_is_written(tmp_path: Path, switches: None) -> None:
     run = session(tmp_path)
+    run.save()
     torch.set_num_threads(2)
     run.save()
     assert session(tmp_path).status()["grade"] == "exact"
@@ -423,15 +424,20 @@ def test_a_checkpoint_of_before_there_were_grades_is_approximate(
 # ------------------------------------------------------------------------------ deterministic=True
 
 
-def unpooled() -> nbtrain.Task:
+def putting() -> nbtrain.Task:
     """A task with an operation that has no deterministic form, on a CPU either."""
+
+    def put(*_: Any) -> None:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
     task = build()
-    task.model.register_forward_hook(lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    task.model.register_forward_hook(put)
     return task
 
 
 def test_deterministic_refuses_what_is_not(tmp_path: Path, switches: None) -> None:
-    run = session(tmp_path, build=unpooled, deterministic=True)
+    session(tmp_path / "any", build=putting).run()
+    run = session(tmp_path / "refused", build=putting, deterministic=True)
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         run.run()
 
