@@ -12,7 +12,9 @@ The map, from the call site down; a module imports only what stands below it::
     loop         windows, boundaries, the ends of epochs
     trial        the first steps of a run, trained for their bits alone
     keeping      when a run is saved
+    driving      how training is started, ordered about and ended
     opening      from what the user wrote to what is alive
+    reading      a task's data, ready to be read
     saving       snapshots to checkpoints in the background
     checkpoint   parts to store and back: payload first, manifest last
     parts        what is alive, to a snapshot and back

@@ -10,36 +10,28 @@ what is under way is taken back to the window's start, saved, and waited for.
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from nbtrain import opening, randomness
+from nbtrain import randomness
 from nbtrain.bar import Bar, Pace, number
 from nbtrain.data import Epoch, Loader, moved
+from nbtrain.driving import Driven
 from nbtrain.errors import SessionError
-from nbtrain.interrupts import Interrupts
 from nbtrain.keeping import Keeping
-from nbtrain.lines import Lines
 from nbtrain.live import Live
 from nbtrain.opening import Opened
-from nbtrain.orders import OrderFiles, Orders
-from nbtrain.poll import Poller
-from nbtrain.stores import FolderStore
-from nbtrain.thread import TrainingThread
 from nbtrain.validation import validate
 
 SETTLE_S = 0.25  # how long losses stay on the device, unread
 TICK_S = 0.05  # between two looks at whether a loop that is held goes on
-STATES = {"done": "done", "pause": "paused", "error": "failed"}  # any other end is a stop
 
 
-class Loop:
+class Loop(Driven):
     """Trains what is alive, from where it is, until something ends it.
 
     Args:
@@ -53,23 +45,16 @@ class Loop:
     def __init__(
         self, name: str, opened: Opened, live: Live, save_every_s: float, shows_bar: bool
     ) -> None:
-        self.name, self.live = name, live
-        self.state, self.reason = "ready", ""
-        self.is_own = opened.recipe is None  # the user's: nobody else knows its losses
-        self.is_watched = False  # whether a panel can resume it
-        self.lines = Lines(shown=shows_bar)
-        self.worker: TrainingThread | None = None
-        self._opened, self._budget = opened, opened.budget
+        super().__init__(name, opened, shows_bar)
+        self.live = live
+        self._opened = opened
         self._shows_bar = shows_bar
         self._bar = self.bar(shown=False)
         self._fed: int | None = None
-        self._thread: threading.Thread | None = None
         self._running_loop: Callable[[], Generator[Epoch] | None] = lambda: None
-        self._orders, self._is_save_asked = Orders(), False
-        folders = [s.root / name for s in opened.stores if isinstance(s, FolderStore)]
-        self._order_files = OrderFiles(folders, self)
-        self._interrupts, self._poll = Interrupts(), Poller()
-        self._settle_at, self._num_loops, self._pace = 0.0, 0, Pace()
+        self._is_save_asked = False
+        self._settle_at = 0.0
+        self._pace = Pace()
         self.keeping = Keeping(name, opened, live, self.lines, save_every_s)
         self.keeping.load()
 
@@ -93,37 +78,6 @@ class Loop:
         if window.is_full:
             self.live.update(window)
 
-    def start(self, train: Callable[[], None]) -> None:
-        """Train in a thread of its own, or let a loop that is held go on: the state is "running"."""
-        with self._orders.lock:
-            if self.is_held:
-                self.state, self.reason = "running", ""
-                return
-            opening.claim(self.name, self._opened, self)
-            self.leave()
-            if self.worker is not None:  # it trains no more, and is about to end
-                self.worker.join()
-                self.worker = None
-            if self.live.is_done:
-                train()  # says so, and nothing else
-                return
-            self._num_loops += 1
-            thread = TrainingThread(self.name, train, lambda: self.halt("terminate"))
-            thread.start()
-            self.worker = self._thread = thread
-            self._orders.wait = True
-            self.state, self.reason = "running", ""
-            thread.goes.set()
-
-    def halt(self, reason: str) -> None:
-        """End the loop at the next boundary, for a reason; without a loop only a pause can be ended."""
-        with self._orders.lock:
-            number = self._num_loops
-            if self._thread is None and self.state == "paused" and reason != "pause":
-                self._opened.close()
-                self.state, self.reason = "stopped", reason
-            self._orders.give(reason, lambda: self._halt(reason, number))
-
     def save(self) -> None:
         """Commit now; from another thread than the loop's, at the next boundary."""
         if self.runs_elsewhere:
@@ -143,30 +97,10 @@ class Loop:
         if loop is not None and not self.runs_elsewhere:
             loop.close()
 
-    def close(self) -> None:
-        """End the workers, and a pause with them: a newer session takes its place."""
-        self.halt("stop")
-        self._opened.close()
-
     @property
-    def runs_elsewhere(self) -> bool:
-        """Whether another thread is in the loop."""
-        return self._thread not in (None, threading.current_thread())
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a loop of the user's own stands still at a boundary, to be resumed."""
-        return self.state == "paused" and self._thread is not None
-
-    @property
-    def asked(self) -> str:
-        """The order that waits for its boundary, as a word."""
-        return self._orders.asked
-
-    @property
-    def has_time(self) -> bool:
-        """Whether another window fits into the budget."""
-        return self._budget.fits("window")
+    def is_done(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.live.is_done
 
     @property
     def samples_per_s(self) -> float:
@@ -251,16 +185,6 @@ class Loop:
             self.keeping.request("")
         return True
 
-    def _may_go_on(self, what: str) -> bool:
-        self._orders.obey()
-        if not self.reason:
-            self._orders.asked = ""
-        if self._interrupts.asked:
-            self.reason = self._interrupts.asked
-        elif not self.reason and not self._budget.fits(what):
-            self.reason = "budget"
-        return not self.reason
-
     def _is_resumed(self) -> bool:
         """Hold the user's own loop at a pause, saved, where a panel can resume it; whether one did."""
         if self.reason != "pause" or not (self.is_own and self.is_watched):
@@ -310,32 +234,12 @@ class Loop:
             self._budget.observe("validation", opened.clock() - began)
         return metrics
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        opening.claim(self.name, self._opened, self)
-        if self._thread is None:  # else the one that `start` has made
-            self._thread, self.worker = threading.current_thread(), None
-            self._orders.wait = True
-            self._num_loops += 1
-        self.is_own = self._thread is not self.worker
-        self.state, self.reason = "running", ""
-        with self._interrupts, Poller() as self._poll:
-            try:
-                self._begin()
-                try:
-                    yield
-                finally:
-                    if not self.live.is_torn:
-                        self.live.check()
-                self.reason = self.reason or "done"
-            except GeneratorExit:
-                self.reason = self.reason or "stop"
-                raise
-            except BaseException:
-                self.reason = "error"
-                raise
-            finally:
-                self._end()
+    def _rest(self) -> None:
+        self._opened.close()
+
+    def _settle(self) -> None:
+        if not self.live.is_torn:
+            self.live.check()
 
     def _begin(self) -> None:
         if self.live.is_torn:  # its checkpoint could not be read when the last loop ended
@@ -367,12 +271,7 @@ class Loop:
             self.keeping.say_goodbye(self.reason, is_own=self.is_own)
         finally:
             self._bar.close()
-            with self._orders.lock:
-                self._orders.close()
-                if self.reason != "pause":
-                    self._opened.close()
-                self.state = STATES.get(self.reason, "stopped")
-                self._thread = self._fed = None
+            self._fed = None
 
     def bar(self, *, shown: bool = True) -> Bar:
         """Return a progress line; on another thread than the main one it draws nothing."""
@@ -382,11 +281,6 @@ class Loop:
     def draw(self, bar: Bar) -> None:
         """Draw a progress line as things are now."""
         bar.draw(self.live, self.samples_per_s, self._budget.left_s)
-
-    def _halt(self, reason: str, number: int) -> None:
-        # An order that came too late for its loop is not one for the next.
-        if self._thread is not None and number == self._num_loops:
-            self.reason = reason if self.reason in ("", "pause") else self.reason
 
     def _save_once(self) -> None:
         if self._is_save_asked:

@@ -19,9 +19,8 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
-from nbtrain import checkpoint, data, grades, host, parts, randomness, recipe, task
+from nbtrain import checkpoint, grades, host, parts, randomness, recipe, task
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
@@ -32,8 +31,9 @@ from nbtrain.errors import (
     SessionError,
     explain,
 )
-from nbtrain.journal import SETTINGS, Journal, check
+from nbtrain.journal import SETTINGS, check
 from nbtrain.live import Live
+from nbtrain.reading import DEFAULT_BATCH, Reading
 from nbtrain.saving import Saver
 from nbtrain.stores import FolderStore, find_store
 
@@ -41,31 +41,31 @@ ARGUMENTS = (
     *(name for name in SETTINGS if name != "lr"),
     *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget", "deterministic"),
 )
-DEFAULT_BATCH = 32
 UNKNOWN_LIMIT_S = 9 * 3600.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 IMPORTED = secrets.token_hex(8)
 
 _open: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
 
-_built_rates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]]
-_built_rates = weakref.WeakKeyDictionary()
 
+class Ground:
+    """Where a run stands: its host and clock, its stores, and the recipe of `build`.
 
-class Opened:
-    """What a session was made from, and what that gave."""
+    Args:
+        levels: Frames of ours above this call, so that a warning points at the user's line.
+    """
 
     def __init__(
         self,
         name: str,
-        build: Callable[[], task.Task] | None,
-        fields: dict[str, Any],
+        build: Callable[..., task.Task] | None,
         store: Any,
         budget: str | float | None,
         started_at: float | None,
         device: str | torch.device | None,
         clock: Callable[[], float] | None,
         arguments: dict[str, Any],
+        levels: int,
     ) -> None:
         check_name(name)
         check_arguments(arguments)
@@ -80,62 +80,16 @@ class Opened:
             warnings.warn(
                 f"A fresh kernel could not rebuild this session: {problem}",
                 NbtrainWarning,
-                stacklevel=4,
+                stacklevel=2 + levels,
             )
-        plain = {k: v.total_seconds() if isinstance(v, timedelta) else v for k, v in arguments.items()}
-        self.arguments: dict[str, Any] = dict(plain, milestones=list(arguments["milestones"]))
+        self.arguments: dict[str, Any] = {
+            k: v.total_seconds() if isinstance(v, timedelta) else list(v) if isinstance(v, tuple) else v
+            for k, v in arguments.items()
+        }
         self.seed = arguments["seed"]
         if arguments["deterministic"]:
             randomness.deterministic()
-        randomness.seed(self.seed, "build")
-        self.task = _task(build, fields)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.task.model.to(self.device)
-        self._read_data(arguments)
-
-    def _read_data(self, arguments: dict[str, Any]) -> None:
-        collate = self.task.collate
-        self.source = data.source(self.task.train, "train", shuffle=True, collate=collate)
-        self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS}
-        self.settings["milestones"] = tuple(arguments["milestones"])
-        if arguments["batch_size"] is None:
-            self.settings["batch_size"] = self.source.batch_size or DEFAULT_BATCH
-            self.arguments["batch_size"] = self.settings["batch_size"]
-        # Of the first time: later on the optimizer's rates are those that a schedule has written.
-        rates = [float(group["lr"]) for group in self.task.optimizer.param_groups]
-        self._groups = _built_rates.setdefault(self.task.optimizer, rates)
-        self.journal = Journal(self.settings, self._groups)
-        self._refuse_two_schedules()
-        refuse_nothing_left(self.source, self.settings["batch_size"])
-        self.order = data.Order(self.source, self.seed)
-        self.train = self._loader(self.source, "train", self.order)
-        self.valid: data.Loader | None = None
-        self.valid_batch = 0
-        if self.task.valid is not None:
-            source = data.source(self.task.valid, "valid", shuffle=False, collate=collate)
-            source.drop_last = False
-            self.valid_batch = source.batch_size or self.settings["batch_size"]
-            self.valid = self._loader(source, "valid", data.Order(source, self.seed))
-
-    def _refuse_two_schedules(self) -> None:
-        for name, part in self.task.parts.items():
-            if isinstance(part, LRScheduler) and self.journal.writes_rates:
-                raise ValueError(
-                    f"There are two schedules: the part {name!r}, and the session's own "
-                    "(warmup_epochs, decay, base_lr). Leave one of them out."
-                )
-
-    def _loader(self, source: data.Source, name: str, order: data.Order) -> data.Loader:
-        workers = self.arguments["num_workers"]
-        if workers is None:
-            workers = source.num_workers
-        if workers is None:
-            workers = data.default_workers(source.dataset)
-        if not isinstance(workers, int) or workers < 0:
-            raise ValueError(f"num_workers={workers!r} must be a whole number from 0 up.")
-        pin = source.pin_memory if source.pin_memory is not None else self.device.type == "cuda"
-        size = self.settings["batch_size"]
-        return data.Loader(source, (self.seed, name), order, size, workers, pin)
 
     @property
     def recipe_source(self) -> str:
@@ -158,6 +112,34 @@ class Opened:
         given = isinstance(self.store, (str, os.PathLike))
         where = f"store={str(self.store)!r}, " if given else ""
         return f"nbtrain.resume({name!r}, {where}trust_code=True).run()"
+
+
+class Opened(Ground):
+    """What a session was made from, and what that gave."""
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], task.Task] | None,
+        fields: dict[str, Any],
+        store: Any,
+        budget: str | float | None,
+        started_at: float | None,
+        device: str | torch.device | None,
+        clock: Callable[[], float] | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        super().__init__(name, build, store, budget, started_at, device, clock, arguments, levels=3)
+        randomness.seed(self.seed, "build")
+        self.task = _task(build, fields)
+        self.task.model.to(self.device)
+        read = Reading(self.task, arguments, seed=self.seed, device=self.device)
+        if arguments["batch_size"] is None:
+            self.arguments["batch_size"] = read.settings["batch_size"]
+        self.source, self.settings, self.journal = read.source, read.settings, read.journal
+        self.order, self.train = read.order, read.train
+        self.valid, self.valid_batch = read.valid, read.valid_batch
+        self._groups = read.group_lrs
 
     def fingerprint(self, live: Live) -> dict[str, Any]:
         """Return what can change a bit here and now, as plain values."""
@@ -271,16 +253,6 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     check(settings)
 
 
-def refuse_nothing_left(source: data.Source, size: int) -> None:
-    """Refuse batches of which the data do not fill one, where one that is not full is dropped."""
-    length = len(source.dataset)
-    if source.drop_last and size > length:
-        raise DataError(
-            f"batch_size={size} with drop_last leaves nothing of {length} samples. "
-            "Make it smaller, or keep the last batch."
-        )
-
-
 def stores(store: Any, here: host.Host) -> list[Any]:
     """Return the place to commit to and, if the store is a remote one, the store behind it."""
     found = find_store(store, here)
@@ -322,7 +294,7 @@ def make_budget(
     return made, f"{words(limit_s)} ({source}), counted from {since}"
 
 
-def retire(name: str, opened: Opened) -> None:
+def retire(name: str, opened: Ground) -> None:
     """Let an older session of this name in this kernel save what it has, and end its workers.
 
     Raises:
@@ -334,7 +306,7 @@ def retire(name: str, opened: Opened) -> None:
         before.close()
 
 
-def refuse_second(name: str, opened: Opened) -> Any:
+def refuse_second(name: str, opened: Ground) -> Any:
     """Return the older session of this name in this kernel, or None.
 
     Raises:
@@ -349,12 +321,12 @@ def refuse_second(name: str, opened: Opened) -> Any:
     return before
 
 
-def register(name: str, opened: Opened, loop: Any) -> None:
+def register(name: str, opened: Ground, loop: Any) -> None:
     """Let this be the loop of its session in this kernel."""
     _open[opened.stores[-1].place, name] = loop
 
 
-def claim(name: str, opened: Opened, loop: Any) -> None:
+def claim(name: str, opened: Ground, loop: Any) -> None:
     """Refuse to train with a session that a newer one of its name has replaced.
 
     Raises:

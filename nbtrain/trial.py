@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbtrain import data, opening, randomness, task
+from nbtrain import data, randomness, task
 from nbtrain.evidence import digest
-from nbtrain.journal import SETTINGS, Journal, check
+from nbtrain.journal import SETTINGS, check
 from nbtrain.live import Live
+from nbtrain.reading import DEFAULT_BATCH, Reading
 
 NO_SCHEDULE = {
     "warmup_epochs": 0,
@@ -87,7 +88,7 @@ class Bench:
                 raise ValueError(f"{name}={value!r} must be a whole number{least}.")
         if num_workers is not None and (type(num_workers) is not int or num_workers < 0):
             raise ValueError(f"num_workers={num_workers!r} must be a whole number from 0 up.")
-        size = opening.DEFAULT_BATCH if batch_size is None else batch_size
+        size = DEFAULT_BATCH if batch_size is None else batch_size
         self._settings = dict.fromkeys(SETTINGS) | NO_SCHEDULE | {"accumulate": accumulate}
         check(self._settings | {"batch_size": size})
         self.build, self.steps, self.seed = build, steps, seed
@@ -166,13 +167,11 @@ class Fresh:
         randomness.seed(seed, "build")
         self.task = task.call(build)
         self.task.model.to(device)
-        self.source = data.source(self.task.train, "train", shuffle=True, collate=self.task.collate)
-        self.batch_size = batch_size or self.source.batch_size or opening.DEFAULT_BATCH
-        opening.refuse_nothing_left(self.source, self.batch_size)
-        self.order = data.Order(self.source, seed)
-        rates = [float(group["lr"]) for group in self.task.optimizer.param_groups]
-        journal = Journal(settings | {"batch_size": self.batch_size}, rates)
-        self.live = Live(self.task, journal, self.order, self.source.drop_last, None)
+        written = settings | {"batch_size": batch_size, "num_workers": 0}
+        read = Reading(self.task, written, seed=seed, device=device)
+        self.source, self.order = read.source, read.order
+        self.batch_size: int = read.settings["batch_size"]
+        self.live = Live(self.task, read.journal, self.order, self.source.drop_last, None)
 
     def weights(self) -> dict[str, str]:
         """Return digests of the weights and buffers, by name."""

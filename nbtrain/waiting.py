@@ -13,15 +13,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from nbtrain.driving import Driven
 from nbtrain.interrupts import Interrupts
-from nbtrain.loop import Loop
 from nbtrain.poll import Poller
 
 TICK_S = 0.05
 ONE_PRESS_S = 0.1  # an impatient finger is slower; a second press only stops, and loses nothing
 
 
-def wait(loop: Loop, *, watched: bool, show: Callable[[], None] | None = None) -> None:
+def wait(loop: Driven, *, watched: bool, show: Callable[[], None] | None = None) -> None:
     """Return when the training has ended; everything is saved then.
 
     Args:
@@ -51,7 +51,7 @@ def wait(loop: Loop, *, watched: bool, show: Callable[[], None] | None = None) -
             raise error
 
 
-def _watch(loop: Loop, interrupts: Interrupts, poll: Poller, *, watched: bool) -> None:
+def _watch(loop: Driven, interrupts: Interrupts, poll: Poller, *, watched: bool) -> None:
     bar = loop.bar(shown=not watched)
     worker, heard = loop.worker, 0
     # The pause is looked at first: one that ends between the two looks is seen training.
@@ -81,10 +81,10 @@ def _watch(loop: Loop, interrupts: Interrupts, poll: Poller, *, watched: bool) -
     loop.lines.flush(prints=not watched)
 
 
-def _trains(loop: Loop) -> bool:
+def _trains(loop: Driven) -> bool:
     return loop.worker is not None and loop.worker.is_alive()
 
 
-def _join(loop: Loop) -> None:
+def _join(loop: Driven) -> None:
     if loop.worker is not None:
         loop.worker.join()

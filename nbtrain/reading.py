@@ -1,0 +1,102 @@
+"""A task's data, ready to be read: settings, order, loaders; and the journal they begin with.
+
+A session reads one task; a population reads one for each member, under a seed of the member's own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from nbtrain import data
+from nbtrain.errors import DataError
+from nbtrain.journal import SETTINGS, Journal
+from nbtrain.task import Task
+
+DEFAULT_BATCH = 32
+
+_built_rates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]]
+_built_rates = weakref.WeakKeyDictionary()
+
+
+class Reading:
+    """What is read, in which order, and by which settings.
+
+    Args:
+        task: Has the data and the optimizer.
+        arguments: What the user wrote: settings, "num_workers".
+        seed: Of the order and the augmentation.
+        valid_seed: Of the validation data's augmentation; None takes the same.
+        device: Where the batches go.
+
+    Raises:
+        DataError: the data cannot be read, or not with these settings.
+        ValueError: an argument makes no sense, or there are two schedules.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        arguments: dict[str, Any],
+        *,
+        seed: int,
+        device: torch.device,
+        valid_seed: int | None = None,
+    ) -> None:
+        self.task, self._device, self._workers = task, device, arguments["num_workers"]
+        self.source = data.source(task.train, "train", shuffle=True, collate=task.collate)
+        self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS}
+        self.settings["milestones"] = tuple(arguments["milestones"])
+        if arguments["batch_size"] is None:
+            self.settings["batch_size"] = self.source.batch_size or DEFAULT_BATCH
+        # Of the first time: later on the optimizer's rates are those that a schedule has written.
+        rates = [float(group["lr"]) for group in task.optimizer.param_groups]
+        self.group_lrs = _built_rates.setdefault(task.optimizer, rates)
+        self.journal = Journal(self.settings, self.group_lrs)
+        self._refuse_two_schedules()
+        size, length = self.settings["batch_size"], len(self.source.dataset)
+        if self.source.drop_last and size > length:
+            raise DataError(
+                f"batch_size={size} with drop_last leaves nothing of {length} samples. "
+                "Make it smaller, or keep the last batch."
+            )
+        self.order = data.Order(self.source, seed)
+        self.train = self._loader(self.source, (seed, "train"), self.order)
+        self.valid: data.Loader | None = None
+        self.valid_batch = 0
+        if task.valid is not None:
+            seed = seed if valid_seed is None else valid_seed
+            source = data.source(task.valid, "valid", shuffle=False, collate=task.collate)
+            source.drop_last = False
+            self.valid_batch = source.batch_size or self.settings["batch_size"]
+            self.valid = self._loader(source, (seed, "valid"), data.Order(source, seed))
+
+    def close(self) -> None:
+        """End the workers."""
+        self.train.close()
+        if self.valid is not None:
+            self.valid.close()
+
+    def _refuse_two_schedules(self) -> None:
+        for name, part in self.task.parts.items():
+            if isinstance(part, LRScheduler) and self.journal.writes_rates:
+                raise ValueError(
+                    f"There are two schedules: the part {name!r}, and the session's own "
+                    "(warmup_epochs, decay, base_lr). Leave one of them out."
+                )
+
+    def _loader(
+        self, source: data.Source, words: tuple[int | str, ...], order: data.Order
+    ) -> data.Loader:
+        workers = self._workers
+        if workers is None:
+            workers = source.num_workers
+        if workers is None:
+            workers = data.default_workers(source.dataset)
+        if not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"num_workers={workers!r} must be a whole number from 0 up.")
+        pin = source.pin_memory if source.pin_memory is not None else self._device.type == "cuda"
+        return data.Loader(source, words, order, self.settings["batch_size"], workers, pin)
