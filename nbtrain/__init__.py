@@ -7,12 +7,14 @@ The map, from the call site down; a module imports only what stands below it::
     session      Session: the story of a run
     auditing     audit: does this code train reproducibly, and if not, where is the hidden randomness
     status       what is known of a session, as plain values
+    rehearsal    would a fresh kernel resume this? tried in a fresh process
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
     trial        the first steps of a run, trained for their bits alone
     keeping      when a run is saved
     driving      how training is started, ordered about and ended
+    probe        one window, trained and told as hashes
     opening      from what the user wrote to what is alive
     reading      a task's data, ready to be read
     saving       snapshots to checkpoints in the background

@@ -6,11 +6,10 @@ whole state of the loader is therefore two integers, the number of workers and w
 prefetched change nothing, and going on from the middle of an epoch reads no sample that is skipped.
 
 Randomness that a data set keeps for itself, a `numpy.random.Generator` made in its `__init__` for
-example, is out of reach: use torch, numpy or python's own module-level random functions.
+example, is out of reach: use `sample_rng()`, or torch's, numpy's, python's module-level functions.
 
 A `Walk` is the batch sampler given to torch's DataLoader: it never ends at an epoch's end, so the
-workers, forked once, fetch across it. Workers are forked because a notebook's classes cannot be
-pickled; Python 3.14 no longer forks unless asked.
+workers, forked once because a notebook's classes cannot be pickled, fetch across it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -228,8 +228,7 @@ class Keyed:
 
     def __getitems__(self, place: tuple[int, int, list[int]]) -> tuple[int, Any]:
         epoch, start, indices = place
-        samples = []
-        where = ""
+        samples, where = [], ""
         try:
             for position, index in enumerate(indices, start):
                 where = f"index {index} (epoch {epoch}, position {position})"
@@ -239,8 +238,8 @@ class Keyed:
             randomness.seed(*self.words, "collate", epoch, start)
             return len(indices), self.collate(samples)
         except Exception as error:  # carried to the loop, which raises it
-            text = traceback.format_exc()
-            return len(indices), Failure(where, f"{type(error).__name__}: {error}", text)
+            said = f"{type(error).__name__}: {error}"
+            return len(indices), Failure(where, said, traceback.format_exc())
 
 
 @dataclass
@@ -340,6 +339,12 @@ class Loader:
         epoch, position = self._next
         self._next = (epoch, position + num_samples)
         return num_samples, batch
+
+    def put_back(self, given: list[tuple[int, Any]]) -> None:
+        """Give these, which came last, again before what comes next."""
+        assert self._batches is not None
+        self._batches = chain(given, self._batches)
+        self._next = (self._next[0], self._next[1] - sum(num_samples for num_samples, _ in given))
 
     def turn(self) -> None:
         """Note that the walk has gone over the end of an epoch."""

@@ -3,7 +3,7 @@
 Four processes on scikit-learn's handwritten digits, with a small timm model, random augmentation,
 workers, accumulation and warmup:
 
-1. a script whose budget ends: it stops itself and exits with 0;
+1. a script whose budget ends: it stops itself, rehearses its resume, and exits with 0;
 2. the same script, killed with SIGKILL in mid-epoch;
 3. a process that holds none of the script, only `nbtrain.resume(...)`;
 4. the same script, never cut, in another folder.
@@ -93,6 +93,8 @@ if __name__ == "__main__":
         warmup_epochs=2, warmup="exponential", decay="cosine", save_every="1s",
         budget=None if budget == "none" else float(budget), started_at=time.time())
     session.run()
+    if session.reason == "budget":  # before the machine goes: would a fresh one go on?
+        session.rehearse()
 '''
 
 RESUME = """\

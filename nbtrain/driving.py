@@ -107,6 +107,10 @@ class Driven(ABC):
             self.state, self.reason = "running", ""
             thread.goes.set()
 
+    def order(self, word: str, act: Callable[[], None]) -> None:
+        """Do something at the next boundary, or now where nothing runs; `asked` is its word so long."""
+        self._orders.give(word, act)
+
     def halt(self, reason: str) -> None:
         """End the loop at the next boundary, for a reason; without a loop only a pause can be ended."""
         with self._orders.lock:
@@ -114,7 +118,7 @@ class Driven(ABC):
             if self._thread is None and self.state == "paused" and reason != "pause":
                 self._rest()
                 self.state, self.reason = "stopped", reason
-            self._orders.give(reason, lambda: self._halt(reason, number))
+            self.order(reason, lambda: self._halt(reason, number))
 
     def close(self) -> None:
         """End the workers, and a pause with them: a newer session takes its place."""

@@ -82,14 +82,14 @@ class Loop(Driven):
         """Commit now; from another thread than the loop's, at the next boundary."""
         if self.runs_elsewhere:
             self._is_save_asked = True
-            self._orders.give("save", self._save_once)
+            self.order("save", self._save_once)
         else:
             self.keeping.request(self.reason)
             self.keeping.finish()
 
     def set(self, changes: dict[str, Any]) -> None:
         """Change settings at the next boundary."""
-        self._orders.give("set", lambda: self._edit(changes))
+        self.order("set", lambda: self._edit(changes))
 
     def leave(self) -> None:
         """End a loop of this thread that an error in a cell has left behind."""

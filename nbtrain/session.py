@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import auditing, checkpoint, host, opening, parts, status, waiting
+from nbtrain import auditing, checkpoint, host, opening, parts, rehearsal, status, waiting
 from nbtrain.auditing import Audit
 from nbtrain.bar import number
 from nbtrain.budget import seconds
@@ -28,6 +28,7 @@ from nbtrain.journal import Journal
 from nbtrain.live import Live
 from nbtrain.loop import Loop
 from nbtrain.opening import Opened
+from nbtrain.rehearsal import Rehearsal
 from nbtrain.task import Task
 
 _newest: weakref.ref[Session] | None = None
@@ -244,6 +245,19 @@ class Session:
             StoreError: the place refused; every checkpoint before is intact.
         """
         self._loop.save()
+
+    def rehearse(self, within: str | float | None = "10m") -> Rehearsal:
+        """Resume in a fresh process from the recipe, train one window there, and compare the bits.
+
+        What is not saved yet is saved first; else neither the store nor the session changes. Your
+        `build` runs there and one window here too: what your code keeps outside model, optimizer and
+        parts is not put back.
+
+        Raises:
+            SessionError: it is training; pause it first.
+            LossError, StoreError: it had to be saved first, and could not be.
+        """
+        return rehearsal.rehearse(self.name, self._opened, self._loop, seconds(within))
 
     # ---- reading
 

@@ -184,6 +184,24 @@ def test_a_loader_that_stands_there_already_keeps_what_it_has_fetched() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_put_back_comes_again_and_nothing_is_read_twice(workers: int) -> None:
+    data = Noisy()
+    with closing(make(data, workers=workers)) as loader:
+        loader.start(0, 4, 4, 2)
+        given = [next(loader), next(loader)]
+        loader.put_back(given)
+        loader.start(0, 4, 4, 2)
+        assert next(loader)[1] is given[0][1], "it stands where they came from"
+        loader.start(0, 8, 4, 2)
+        assert next(loader)[1] is given[1][1]
+        loader.turn()
+        loader.start(1, 0, 4, 2)
+        rest = samples(list(drain(loader)))
+    assert rest == samples(read(Noisy(), (1, 0)))
+    assert len(data.read) == (0 if workers else 7 + NUM_SAMPLES)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_the_batch_size_may_change_in_the_middle_of_an_epoch(workers: int) -> None:
     expected = samples(read(Noisy(), epochs=1))
     found: list[Any] = []

@@ -218,7 +218,9 @@ def test_a_wrong_word_gives_one_line(line: str, part: str, told: Any) -> None:
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("word", ["start", "pause", "save", "stop", "set lr=1", "panel", "history"])
+@pytest.mark.parametrize(
+    "word", ["start", "pause", "save", "stop", "set lr=1", "panel", "history", "rehearse"]
+)
 @pytest.mark.usefixtures("alone")
 def test_without_a_session_one_line_says_how_to_make_one(word: str, told: Any) -> None:
     said, is_well = told(f"%nbtrain {word}")
@@ -283,6 +285,7 @@ def test_an_order_that_has_nobody_to_hear_it_says_so(
         ("resume fake trust-code", "paused", "run"),
         ("resume fake background", "stopped", "start"),
         ("panel", "running", "panel"),
+        ("rehearse", "paused", "rehearse"),
     ],
 )
 def test_a_word_is_one_verb_of_the_session(
@@ -346,7 +349,7 @@ def completed(shell: InteractiveShell, line: str) -> set[str]:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("%nbtrain re", ["resume"]),
+        ("%nbtrain re", ["resume", "rehearse"]),
         ("%nbtrain s", ["start", "save", "stop", "set", "status"]),
         ("%nbtrain set acc", ["accumulate="]),
         ("%nbtrain set accumulate=4 bud", ["budget="]),
@@ -510,6 +513,21 @@ def test_status_history_and_settings_are_told(
     assert "valid_loss" in lines[0]
     assert [line.split()[2] for line in lines[1:]] == ["3", "6"]
     assert "accumulate=3" in told("%nbtrain set")[0]
+
+
+def test_a_rehearsal_is_told_once_and_a_refused_one_in_one_line(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shown in (False, True):
+        run = session(tmp_path / str(shown), store=MemoryStore(), bar=shown)
+        monkeypatch.setattr(magics, "newest", lambda run=run: run)
+        said, is_well = told("%nbtrain rehearse")
+        assert is_well
+        assert said.count("was given as an object of this kernel") == 1
+    monkeypatch.setattr(run._loop, "state", "running")
+    said, is_well = told("%nbtrain rehearse")
+    assert not is_well
+    assert said == "SessionError: 'tiny' is training. Pause it first, session.pause(), then rehearse.\n"
 
 
 def test_a_change_acts_and_a_refused_one_says_why_and_changes_nothing(

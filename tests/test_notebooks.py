@@ -91,7 +91,8 @@ def shown(cell: nbformat.NotebookNode) -> dict[str, Any]:
 def test_the_quickstart_goes_on_after_its_restart_without_its_code(tmp_path: Path) -> None:
     first, second = halves("quickstart")
     before, after = execute(first, tmp_path), execute(second, tmp_path)
-    assert "ended by stop" in str(before[-2].outputs)
+    assert "ended by stop" in str(before[-3].outputs)
+    assert "quickstart: a fresh kernel will resume this: checked at step" in str(before[-2].outputs)
     assert {"image/png", "text/html"} <= shown(after[0]).keys()
     assert "application/vnd.jupyter.widget-view+json" not in shown(after[0]), "nobody could click it"
     assert "done at epoch 2.00, step 90, stage 2" in str(after[0].outputs)
@@ -100,6 +101,7 @@ def test_the_quickstart_goes_on_after_its_restart_without_its_code(tmp_path: Pat
     whole = tmp_path / "whole"
     whole.mkdir()
     uncut = [cell for cell in first if cell.cell_type == "code"]
+    assert "session.rehearse()" in uncut.pop().source
     assert "session.stop()" in uncut[-1].source
     uncut[-1].source = uncut[-1].source.replace("session.stop()", "pass")
     execute(uncut, whole)

@@ -352,11 +352,11 @@ def test_orders_without_end_do_not_stop_the_training(tmp_path: Path) -> None:
     run = session(tmp_path)
 
     def again() -> None:
-        run._loop._orders.give("again", again)
+        run._loop.order("again", again)
 
     for batch in run:
         loss, _, _ = run.task.run(batch)
-        run._loop._orders.give("again", again)
+        run._loop.order("again", again)
         run.update(loss)
     assert run.is_done
 

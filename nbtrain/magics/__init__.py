@@ -90,6 +90,7 @@ class NbtrainMagics(Magics):
         %nbtrain pause, save, stop  after this window; pause and stop save too
         %nbtrain set accumulate=4 lr=0.05 budget=8h
                                     change settings from the next window on; without any, show them
+        %nbtrain rehearse           try out, in a fresh process, whether a fresh kernel would go on
         %nbtrain panel              the panel, here
         %nbtrain plot [NAME ...]    the curves, with those of other sessions of this notebook over them
         %nbtrain history            the last epochs, and the last step
@@ -115,6 +116,7 @@ class NbtrainMagics(Magics):
                 "save": _order,
                 "stop": _order,
                 "set": _set,
+                "rehearse": _rehearse,
                 "panel": lambda said: _session().panel(),
                 "plot": self._plot,
                 "history": lambda said: print(_history()),
@@ -272,6 +274,13 @@ def _set(said: Said) -> None:
         return
     session.set(**said.values)
     print(f"{session.name}, from the next window on: {telling.settings(said.values)}")
+
+
+def _rehearse(said: Said) -> None:
+    session = _session()
+    found = session.rehearse()
+    if not session._shows:  # else it has said so itself
+        print(found.text)
 
 
 def _status() -> str:

@@ -14,7 +14,7 @@ from IPython.core.error import UsageError
 
 WORDS = (
     *("start", "resume", "pause", "save", "stop", "set"),
-    *("panel", "plot", "history", "list", "audit", "status", "help"),
+    *("rehearse", "audit", "panel", "plot", "history", "list", "status", "help"),
 )
 NAMED, VALUED = ("start", "resume", "plot", "audit"), ("start", "resume", "set", "list")
 
