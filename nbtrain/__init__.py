@@ -6,12 +6,21 @@ The map, from the call site down; a module imports only what stands below it::
     resuming     resume: one line in a fresh kernel
     session      Session: the story of a run
     auditing     audit: does this code train reproducibly, and if not, where is the hidden randomness
+    population   Population: members that train in turn, and copy the best
+    standing     where one member of it stands
+    rounds       the loop of a population
+    storing      when a population is saved
+    founding     a population at its beginning: found, or new and tried out
     status       what is known of a session, as plain values
     rehearsal    would a fresh kernel resume this? tried in a fresh process
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
     trial        the first steps of a run, trained for their bits alone
+    member       one member of a population, and its part in one round
+    parking      members that wait leave a device that is full
+    making       what a member is made from
+    shelf        the states of a population in its stores
     keeping      when a run is saved
     driving      how training is started, ordered about and ended
     probe        one window, trained and told as hashes
@@ -23,6 +32,9 @@ The map, from the call site down; a module imports only what stands below it::
     plots        the curves; frames and scales draw them
     journal      the settings in force, and every change of them
     validation   mean loss and metrics, leaving training as it was
+    table        what is known of a population, as rows
+    evolution    from one round's scores to the next round's turns
+    space        where hyperparameters are drawn from
     bar, lines   one progress line, and what a session says
     poll         widget messages, handled while a cell is busy
     stores       where bytes survive
@@ -49,16 +61,15 @@ from nbtrain.errors import (
     LossError,
     NbtrainError,
     NbtrainWarning,
-    RecipeError,
     SessionError,
     StoreError,
-    TaskError,
     TrustError,
 )
-from nbtrain.schedule import Schedule
+from nbtrain.space import loguniform, randint, uniform
 
 if TYPE_CHECKING:
     from nbtrain.auditing import audit
+    from nbtrain.population import Population
     from nbtrain.randomness import sample_rng
     from nbtrain.resuming import resume
     from nbtrain.session import Session
@@ -71,17 +82,18 @@ __all__ = [
     "LossError",
     "NbtrainError",
     "NbtrainWarning",
-    "RecipeError",
-    "Schedule",
+    "Population",
     "Session",
     "SessionError",
     "StoreError",
     "Task",
-    "TaskError",
     "TrustError",
     "audit",
+    "loguniform",
+    "randint",
     "resume",
     "sample_rng",
+    "uniform",
 ]
 
 __version__ = version("nbtrain")
@@ -89,16 +101,17 @@ __version__ = version("nbtrain")
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for: `%load_ext nbtrain` must answer at once."""
-    if name in ("Session", "Task", "audit", "resume", "sample_rng"):
+    if name in ("Population", "Session", "Task", "audit", "resume", "sample_rng"):
         from nbtrain.auditing import audit
+        from nbtrain.population import Population
         from nbtrain.randomness import sample_rng
         from nbtrain.resuming import resume
         from nbtrain.session import Session
         from nbtrain.task import Task
 
         # All of them, so that a recipe finds each under this name, whichever was asked for.
-        lazy = {"Session": Session, "Task": Task, "audit": audit, "resume": resume}
-        globals().update(lazy, sample_rng=sample_rng)
+        lazy = {"Population": Population, "Session": Session, "Task": Task}
+        globals().update(lazy, audit=audit, resume=resume, sample_rng=sample_rng)
         return globals()[name]
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")

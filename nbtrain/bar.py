@@ -65,7 +65,7 @@ class Pace:
 
 
 class Bar:
-    """A tqdm bar over the samples of a run, redrawn a few times a second at most.
+    """A tqdm bar over the samples of a run, or other units, redrawn a few times a second at most.
 
     Args:
         name: The session's.
@@ -73,10 +73,20 @@ class Bar:
         total: Samples of the whole run, or None where it has no end.
         is_batch: Whether nobody watches: then there are lines, a minute apart.
         shown: False draws nothing.
+        unit: What is counted.
     """
 
-    def __init__(self, name: str, done: int, total: int | None, *, is_batch: bool, shown: bool) -> None:
-        self._name, self._total = name, total
+    def __init__(
+        self,
+        name: str,
+        done: int,
+        total: int | None,
+        *,
+        is_batch: bool,
+        shown: bool,
+        unit: str = "samples",
+    ) -> None:
+        self._name, self._total, self._unit = name, total, unit
         self._is_shown, self._is_batch = shown, is_batch
         self._period_s = BATCH_PERIOD_S if is_batch else PERIOD_S
         self._due = 0.0
@@ -85,7 +95,7 @@ class Bar:
             total=total,
             initial=done,
             desc=name,
-            unit=" samples",
+            unit=f" {unit}",
             unit_scale=True,
             dynamic_ncols=True,
             mininterval=self._period_s,
@@ -125,14 +135,18 @@ class Bar:
             samples_per_s: As it is now; 0 where it is not known.
             budget_left_s: Seconds, infinite without a limit.
         """
-        self._due = time.monotonic() + self._period_s
         left = words(left_in_epoch / samples_per_s) if samples_per_s else "?"
         text = (
             f"loss {number(loss)}, lr {lr:.3g}, epoch {epoch} ends in {left}, "
             f"budget {words(budget_left_s)}"
         )
+        self.put(done, text)
+
+    def put(self, done: int, text: str) -> None:
+        """Draw the line with some words; in a batch job print one instead."""
+        self._due = time.monotonic() + self._period_s
         if self._is_batch and self._is_shown:
-            tqdm.write(f"{self._name}: {done} of {self._total or 'no end of'} samples, {text}")
+            tqdm.write(f"{self._name}: {done} of {self._total or 'no end of'} {self._unit}, {text}")
         self._tqdm.n = done
         self._tqdm.set_postfix_str(text, refresh=False)
         self._tqdm.refresh()

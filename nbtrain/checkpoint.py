@@ -268,9 +268,14 @@ def retain(
         if id not in kept and ID.fullmatch(id) and number(id) < oldest and is_ours(id):
             older.setdefault(id, []).append(name)
     for names in older.values():
-        for name in sorted(names, key=lambda n: not n.endswith("/" + MANIFEST)):
-            store.delete(name)
+        remove(store, names)
     return [m for m in ordered if m.id in kept]
+
+
+def remove(store: Store, names: Iterable[str]) -> None:
+    """Remove the files of a checkpoint, the manifest first: without it the rest is none."""
+    for name in sorted(names, key=lambda n: not n.endswith("/" + MANIFEST)):
+        store.delete(name)
 
 
 def best_of(manifests: Iterable[Manifest]) -> Manifest | None:

@@ -66,7 +66,7 @@ class Journal:
     def __init__(self, first: dict[str, Any], group_lrs: Sequence[float]) -> None:
         self.first = dict(first, milestones=tuple(first["milestones"]))
         check(self.first)
-        self.group_lrs = list(group_lrs)
+        self.group_lrs = self._first_lrs = list(group_lrs)
         self.entries: list[Entry] = []
         self._edits: list[tuple[int, float, str, dict[str, Any]]] = []
         self.settings = dict(self.first)
@@ -88,6 +88,12 @@ class Journal:
         if changes:
             self._edits.append((step, progress, by, changes))
         return made
+
+    def rebase(self, step: int, progress: float, by: str, group_lrs: Sequence[float]) -> None:
+        """Let the optimizer's groups have been built with other rates, from this step on."""
+        self.entries.append(Entry(step, progress, "group_lrs", self.group_lrs, list(group_lrs), by))
+        self._edits.append((step, progress, by, {"group_lrs": list(group_lrs)}))
+        self.group_lrs = list(group_lrs)
 
     def tried(self, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what would change, and the settings then; raise ValueError where it cannot be."""
@@ -139,7 +145,7 @@ class Journal:
         """Return the first settings and all entries, as plain values."""
         return {
             "first": dict(self.first, milestones=list(self.first["milestones"])),
-            "group_lrs": list(self.group_lrs),
+            "group_lrs": list(self._first_lrs),
             "edits": [
                 [step, progress, by, {name: _plain(value) for name, value in changes.items()}]
                 for step, progress, by, changes in self._edits
@@ -151,7 +157,8 @@ class Journal:
         """Make every edit again: the same settings and the same schedule, to the bit."""
         journal = cls(state["first"], state["group_lrs"])
         for step, progress, by, changes in state["edits"]:
-            journal.edit(step, progress, by, **changes)
+            edit = journal.rebase if "group_lrs" in changes else journal.edit
+            edit(step, progress, by, **changes)
         return journal
 
 

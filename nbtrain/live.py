@@ -170,14 +170,18 @@ class Live:
     def close_epoch(self, metrics: dict[str, float]) -> dict[str, float]:
         """End the epoch, writing into the history what its validation gave and what was logged."""
         metrics = self.logged | metrics
-        row = self._row(self.lr) | {"loss": self.loss}
-        if self.history.last is not None:  # the rate of a step that was, not of one to come
-            row["lr"] = self.history.last["lr"]
-        self.history.close_epoch(row | metrics)
+        self.note(metrics)
         self.logged = {}
         self.epoch, self.position = self.epoch + 1, 0
         self.num_samples = self._order.length(self.epoch)
         return metrics
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Write into the history what a validation gave here."""
+        row = self._row(self.lr) | {"loss": self.loss}
+        if self.history.last is not None:  # the rate of a step that was, not of one to come
+            row["lr"] = self.history.last["lr"]
+        self.history.close_epoch(row | metrics)
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """Copy everything to the CPU: the model's tensors, other tensors, plain values.

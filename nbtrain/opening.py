@@ -165,11 +165,17 @@ class Opened(Ground):
         }
 
     def find(self, name: str) -> tuple[Saver, Snapshot | None]:
-        """Return the session's saver, and its newest whole checkpoint if it has one."""
+        """Return the session's saver, and its newest whole checkpoint if it has one.
+
+        Raises:
+            SessionError: what is stored is a population.
+        """
         keep = self.arguments["keep"]
         found = checkpoint.find(self.stores, name)
         if not found:
             return Saver(name, self.stores, keep, self.budget, []), None
+        if any("needs" in manifest.facts for manifest in found):
+            raise SessionError(f"{name!r} is a population. Give the session another name.")
         newest, snapshot = checkpoint.load_newest(found)
         return Saver(name, self.stores, keep, self.budget, found, newest), snapshot
 

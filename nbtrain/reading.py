@@ -46,7 +46,8 @@ class Reading:
         device: torch.device,
         valid_seed: int | None = None,
     ) -> None:
-        self.task, self._device, self._workers = task, device, arguments["num_workers"]
+        self.task, self.seed = task, seed
+        self._device, self._workers = device, arguments["num_workers"]
         self.source = data.source(task.train, "train", shuffle=True, collate=task.collate)
         self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS}
         self.settings["milestones"] = tuple(arguments["milestones"])

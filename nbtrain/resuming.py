@@ -8,6 +8,7 @@ from typing import Any
 from nbtrain import checkpoint, host, opening
 from nbtrain.checkpoint import Manifest
 from nbtrain.errors import CheckpointError, RecipeError, SessionError, TrustError
+from nbtrain.population import Population
 from nbtrain.recipe import Recipe
 from nbtrain.session import Session
 
@@ -20,8 +21,8 @@ def resume(
     trust_code: bool = False,
     at_least: int | None = None,
     **changes: Any,
-) -> Session:
-    """Open a stored session with the settings it had, ready to `run()`.
+) -> Session | Population:
+    """Open a stored session or population with the settings it had, ready to `run()`.
 
     Without `build` it is rebuilt from the recipe that is stored with it, once you have said
     `trust_code=True`; without that word you are shown what was found and nothing of it is run.
@@ -32,7 +33,8 @@ def resume(
         store: Where to look, as for `Session`.
         trust_code: Whether the stored recipe may run.
         at_least: The step that the newest checkpoint must have reached, where a listing may be old.
-        **changes: Arguments of `Session` that shall differ, such as budget="4h" or num_workers=2.
+        **changes: Arguments of `Session` that shall differ, such as budget="4h" or num_workers=2; or
+            of `Population`.
 
     Raises:
         SessionError: there is no such session, none so far on, or several to choose from.
@@ -50,6 +52,8 @@ def resume(
         if not trust_code:
             raise TrustError(_shown(name, store, manifest, checkpoint.best_of(found), stored))
         build = stored.load(name)
+    if state.get("kind") == "population":
+        return Population.reopened(name, build, state["arguments"], store=store, **changes)
     arguments = {k: v for k, v in state["arguments"].items() if k in opening.ARGUMENTS}
     return Session(name, build, store=store, **(arguments | changes))
 

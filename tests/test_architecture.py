@@ -18,16 +18,18 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_NAMES = 400, 50, 20
 # Bottom up; two on one floor do not know each other. A new module gets a place here.
 FLOORS = (
     "errors",
-    "accumulation budget grades history host interrupts orders randomness schedule source stores "
+    "accumulation budget grades history host interrupts orders randomness schedule source space stores "
     "scales",
-    "evidence poll task thread trees",
-    "bar checkpoint data journal lines parts recipe frames",
+    "evidence evolution poll task thread trees",
+    "bar checkpoint data journal lines parking parts recipe frames table",
     "live plots reading saving validation",
-    "opening",
-    "driving keeping probe trial",
-    "face loop",
-    "auditing rehearsal status waiting",
-    "session",
+    "making opening shelf",
+    "driving keeping member probe trial",
+    "face founding loop",
+    "auditing rehearsal status storing waiting",
+    "rounds",
+    "standing",
+    "population session",
     "resuming",
     "magics",
     "nbtrain",
@@ -45,17 +47,18 @@ NAMES = [
     "LossError",
     "NbtrainError",
     "NbtrainWarning",
-    "RecipeError",
-    "Schedule",
+    "Population",
     "Session",
     "SessionError",
     "StoreError",
     "Task",
-    "TaskError",
     "TrustError",
     "audit",
+    "loguniform",
+    "randint",
     "resume",
     "sample_rng",
+    "uniform",
 ]
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 import nbtrain
 from nbtrain.auditing import Audit, audit
+from nbtrain.errors import TaskError
 
 SHARED = np.random.default_rng(0)
 MADE_OUTSIDE = nn.Linear(6, 3)
@@ -544,7 +545,7 @@ def test_a_bad_argument_is_refused_before_build_is_called(changes: dict[str, Any
 
 
 def test_errors_come_out_as_in_a_session() -> None:
-    with pytest.raises(nbtrain.TaskError, match=r"build returned a builtins\.int"):
+    with pytest.raises(TaskError, match=r"build returned a builtins\.int"):
         audited(lambda: 3)  # type: ignore[arg-type, return-value]
 
     with pytest.raises(nbtrain.DataError, match=r"ZeroDivisionError: .*\n  at index"):

@@ -21,6 +21,7 @@ import nbtrain
 from nbtrain import magics
 from nbtrain.host import Host, detect
 from nbtrain.magics import listing
+from nbtrain.schedule import Schedule
 from nbtrain.stores import FolderStore, MemoryStore
 
 RECIPE = """\
@@ -135,7 +136,7 @@ def test_a_name_that_is_not_there_is_told_as_by_any_module() -> None:
 
 
 def test_errors_and_schedules_survive_pickling() -> None:
-    assert pickle.loads(pickle.dumps(nbtrain.Schedule(epochs=3))) == nbtrain.Schedule(epochs=3)
+    assert pickle.loads(pickle.dumps(Schedule(epochs=3))) == Schedule(epochs=3)
     assert type(pickle.loads(pickle.dumps(nbtrain.LossError("no")))) is nbtrain.LossError
 
 

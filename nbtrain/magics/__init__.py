@@ -158,13 +158,20 @@ class NbtrainMagics(Magics):
             if changes:
                 session.set(**changes)
         else:
+            from nbtrain.population import Population
             from nbtrain.resuming import resume
 
             try:
-                session = resume(name or None, **said.values)
+                found = resume(name or None, **said.values)
             except TrustError as error:
                 error.add_note(f"Or: %nbtrain {said.line} trust-code")
                 raise
+            if isinstance(found, Population):
+                raise UsageError(
+                    f"{found.name!r} is a population, which these words do not know. In a cell: "
+                    f"population = nbtrain.resume({found.name!r}, trust_code=True); population.run()"
+                )
+            session = found
             self._give(session)
         _train(session, said)
 

@@ -1,0 +1,163 @@
+"""A population at its beginning: found in its store, or new and tried out.
+
+What can be refused is refused here, before any training: a metric that the validation does not give is
+seen on one batch, and which hyperparameters shape the model is seen by building at the space's edges.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from nbtrain import checkpoint, data, making, opening
+from nbtrain.checkpoint import Snapshot
+from nbtrain.errors import CheckpointError, SessionError, explain
+from nbtrain.evolution import Evolution
+from nbtrain.making import Maker
+from nbtrain.member import score_of
+from nbtrain.opening import Ground
+from nbtrain.shelf import Shelf, newest_whole
+from nbtrain.table import Key, Row, Table
+from nbtrain.validation import validate
+
+# The plan of each round follows from these, and so does what the store still has of the one before.
+FROZEN = (
+    *("members", "interval", "mode", "quantile", "space", "metric", "direction"),
+    *("factors", "resample", "seed"),
+)
+WAY_OUT = "Give what it was, or give the new one another name; the checkpoints are untouched."
+
+
+@dataclass
+class Founded:
+    """What a population begins with in this kernel.
+
+    Args:
+        table: The rows, and what follows.
+        shelf: Has the states.
+        states: Those that it goes on from, read.
+        part: A slice that was cut, if one was.
+        stage: The number of this stretch in one kernel.
+        tests: What the test set was touched with.
+        notes: In words, what is now other than it was, or worth knowing.
+    """
+
+    table: Table
+    shelf: Shelf
+    states: dict[Key, Snapshot] = field(default_factory=dict)
+    part: Snapshot | None = None
+    stage: int = 1
+    tests: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was found."""
+        return not self.shelf.manifests()
+
+
+def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Founded:
+    """Return the population that is stored under this name, or else a new one.
+
+    Raises:
+        CheckpointError: what is stored is another population, or no set of checkpoints is whole.
+        SessionError: what is stored is a session.
+        TaskError: a new one's validation does not give the metric.
+    """
+    manifests = checkpoint.find(ground.stores, name)
+    epochs = ground.arguments["epochs"]
+    if not manifests:
+        evolution, notes = _tried(ground, maker, evolution)
+        shelf = Shelf(name, ground.stores, ground.budget, [], None)
+        return Founded(Table(evolution, epochs), shelf, notes=notes)
+    for manifest in manifests:
+        if "needs" not in manifest.facts:
+            raise SessionError(f"{name!r} is a session. Give the population another name.")
+    newest, snapshot, states = newest_whole(manifests)
+    state = snapshot.state
+    for argument in FROZEN:
+        there, here = state["arguments"][argument], ground.arguments[argument]
+        if there != here:
+            what = f"{argument} of the population has changed."
+            raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=WAY_OUT))
+    maker.split = state["split"]
+    evolution = replace(evolution, fixed=frozenset(state["fixed"]))
+    notes = []
+    if ground.recipe is not None and snapshot.recipe != ground.recipe.source:
+        notes.append("the code of build is not what it was; the new one is used")
+    return Founded(
+        Table(evolution, epochs, map(Row.from_plain, state["rows"])),
+        Shelf(name, ground.stores, ground.budget, manifests, newest),
+        states,
+        snapshot if newest.facts["partial"] else None,
+        # A stage is a stretch in one process, however often its cells are run.
+        newest.facts["stage"] + (state["kernel"] != opening.kernel()),
+        state["tests"],
+        notes,
+    )
+
+
+def identity(ground: Ground, maker: Maker, told: Founded) -> dict[str, Any]:
+    """Return what a later kernel goes on from, besides a member's state, as plain values."""
+    return {
+        "kind": "population",
+        "arguments": ground.arguments,
+        "entry": ground.recipe.entry if ground.recipe else None,
+        "problems": list(ground.recipe.problems) if ground.recipe else [],
+        "kernel": opening.kernel(),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "rows": told.table.plain(),
+        "fixed": sorted(told.table.evolution.fixed),
+        "split": maker.split,
+        "tests": list(told.tests),
+    }
+
+
+def _tried(ground: Ground, maker: Maker, evolution: Evolution) -> tuple[Evolution, list[str]]:
+    values = evolution.first()[0].hyperparameters
+    read = maker.make(0, values)
+    source = data.source(read.task.valid, "valid", shuffle=False, collate=read.task.collate)
+    few = range(min(read.valid_batch, len(source.dataset)))
+    source.dataset, source.sampler = Subset(source.dataset, few), None
+    words = (ground.seed, "valid")
+    loader = data.Loader(source, words, data.Order(source, ground.seed), read.valid_batch, 0)
+    metrics = validate(
+        read.task,
+        loader,
+        read.valid_batch,
+        seed=ground.seed,
+        device=ground.device,
+        proceed=lambda: True,
+    )
+    score_of(metrics or {}, ground.arguments["metric"])
+    fixed = _shaping(maker, evolution, values, making.shape(read.task))
+    if not fixed:
+        return evolution, []
+    told = f"{', '.join(sorted(fixed))}: shapes the model, so it is drawn once for each member"
+    return replace(evolution, fixed=fixed), [f"{told} and travels with its weights"]
+
+
+def _shaping(
+    maker: Maker, evolution: Evolution, values: Mapping[str, Any], shape: list[Any]
+) -> frozenset[str]:
+    """Return the hyperparameters with which weights of another one's do not fit."""
+    edges = {name: evolution.space[name].edges() for name in maker.given}
+
+    def differs(changes: Mapping[str, Any]) -> bool:
+        try:
+            return making.shape(maker.built({**values, **changes})) != shape
+        except Exception as error:
+            error.add_note(f"build was tried at the edges of the space, with {dict(changes)}.")
+            raise
+
+    # All at once first: mostly there is none.
+    num_edges = max(map(len, edges.values()), default=0)
+    together = [{n: e[min(i, len(e) - 1)] for n, e in edges.items()} for i in range(num_edges)]
+    if not any(differs(changes) for changes in together):
+        return frozenset()
+    return frozenset(n for n, found in edges.items() if any(differs({n: value}) for value in found))

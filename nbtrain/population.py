@@ -1,0 +1,321 @@
+"""Population based training that survives its notebook: open, train, stop, go on.
+
+A population is a few members that train in turn, and after each round the worst go on from copies of
+the best. What a user says to it is here; the loop is `rounds`, what a round is follows from `table` and
+`evolution`, and a member's part in it is `member`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from nbtrain import data, founding, opening, standing, waiting
+from nbtrain import space as spaces
+from nbtrain.bar import number
+from nbtrain.budget import seconds
+from nbtrain.errors import NbtrainWarning, SessionError
+from nbtrain.evolution import Evolution
+from nbtrain.making import Maker
+from nbtrain.member import Interval
+from nbtrain.opening import Ground
+from nbtrain.reading import DEFAULT_BATCH
+from nbtrain.rounds import Rounds
+from nbtrain.standing import Standing
+from nbtrain.task import Task
+from nbtrain.validation import validate
+
+ARGUMENTS = (
+    *founding.FROZEN,
+    *(name for name in opening.ARGUMENTS if name not in (*founding.FROZEN, "keep")),
+)
+ENGINES = ("local",)
+
+_newest: weakref.ref[Population] | None = None
+
+
+def newest() -> Population | None:
+    """Return the population that was made last in this kernel, if it is alive."""
+    return _newest() if _newest is not None else None
+
+
+class Population:
+    """Members that train in turn; after each round the worst go on from copies of the best.
+
+    All of it is a function of the arguments and the seed: killed at any moment and resumed, it ends in
+    the bits of a run that was never cut. If the store holds a population of this name it is continued.
+
+    Every member's task is built by `build`; let a large data set be read once, outside of it or in a
+    cached function, and not once for each member.
+
+    Args:
+        name: Letters, digits, ".", "_", "-".
+        build: Returns the Task, with validation data; takes hyperparameters by name.
+        members: How many, at least 2.
+        interval: Training between two validations: "4 epochs", "500 steps", or a number of epochs.
+        space: By name, where a hyperparameter is drawn from: uniform(), loguniform(), randint(), or a
+            list. A name is an argument of build, or a setting such as lr or batch_size.
+        metric: What members are judged by: a metric of the task, or "valid_loss".
+        direction: "max" or "min"; None is "min" for a name that ends in loss or error, else "max".
+        quantile: The part that is replaced after each round, at most 0.5.
+        mode: "pbt"; "random": nobody is replaced; "halving": the worst end, and cost no more.
+        factors: What a value is multiplied by when a copy explores.
+        resample: How likely a value is drawn anew instead.
+        epochs: Length of each member's run; None has no end but the budget's.
+        store, budget, started_at, device, deterministic, num_workers, clock: As for `Session`.
+        batch_size, accumulate, warmup_epochs, warmup, decay, milestones, gamma, clip_norm: As for
+            `Session`, for all members; what is in the space goes before.
+        seed: Of everything random.
+        save_every: Longest time between two saves inside a slice, besides those at its end.
+        engine: Where members train: "local", here in turn.
+        bar: Whether `run` shows how far it is.
+
+    Raises:
+        ValueError: an argument makes no sense.
+        BudgetError: the time is over already.
+        TaskError, DataError, RecipeError: what `build` gives or needs cannot be used.
+        CheckpointError: what is stored is another population, or no part of it is whole.
+        SessionError: what is stored is a session; or this population trains already.
+        StoreError: the place cannot be reached.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Task],
+        *,
+        members: int,
+        interval: str | float,
+        space: Mapping[str, Any],
+        metric: str = "valid_loss",
+        direction: str | None = None,
+        quantile: float = 0.25,
+        mode: str = "pbt",
+        factors: tuple[float, ...] = (0.8, 1.2),
+        resample: float = 0.25,
+        epochs: int | None = None,
+        store: Any = None,
+        budget: str | float | None = "auto",
+        started_at: float | None = None,
+        batch_size: int | None = None,
+        accumulate: int = 1,
+        num_workers: int | None = None,
+        seed: int = 0,
+        warmup_epochs: float = 0,
+        warmup: str = "linear",
+        decay: str = "constant",
+        milestones: tuple[float, ...] = (),
+        gamma: float = 0.1,
+        clip_norm: float | None = None,
+        device: str | torch.device | None = None,
+        deterministic: bool = False,
+        save_every: str | float = "5m",
+        engine: str = "local",
+        bar: bool = True,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k in ARGUMENTS}
+        evolution = _evolution(arguments, engine)
+        self.name = name
+        self._ground = Ground(name, build, store, budget, started_at, device, clock, arguments, 2)
+        self.budget = self._ground.budget
+        self._maker = Maker(build, evolution.space, arguments, self._ground.device)
+        # First, because one that is paused saves now, and that is where to go on from.
+        opening.retire(name, self._ground)
+        found = founding.found(name, self._ground, self._maker, evolution)
+        every_s = seconds(save_every) or math.inf
+        self._rounds = Rounds(name, self._ground, self._maker, found, every_s, bar)
+        opening.register(name, self._ground, self._rounds)
+        global _newest
+        _newest = weakref.ref(self)
+
+    @classmethod
+    def reopened(
+        cls, name: str, build: Callable[..., Task], arguments: Mapping[str, Any], **changes: Any
+    ) -> Population:
+        """Open a stored population with the arguments that were stored with it."""
+        stored = {k: v for k, v in arguments.items() if k in ARGUMENTS}
+        stored["space"] = spaces.from_plain(stored["space"])
+        return cls(name, build, **(stored | changes))
+
+    # ---- training
+
+    def run(self) -> Population:
+        """Train until all epochs are done, the budget ends, or somebody says stop; then return.
+
+        Whatever ends it, the state is saved first, and `run` again goes on from there.
+
+        Raises:
+            DataError: the data set raised; the state before that window is saved.
+            StoreError: the last save failed; the state is still here, and `run` again saves it.
+            KeyboardInterrupt: it was interrupted; everything is saved.
+            Exception: what the first member raised, where all of them have failed; nothing is lost,
+                and `run` tries that round again.
+        """
+        return self.start().wait()
+
+    def start(self) -> Population:
+        """Train in a thread of its own, and return at once; what it raises is raised by `wait`.
+
+        Raises:
+            SessionError: it is training already, or a newer population of this name was made.
+        """
+        self._rounds.start(self._rounds.train)
+        return self
+
+    def wait(self) -> Population:
+        """Wait for a started run to end; raises what `run` raises."""
+        waiting.wait(self._rounds, watched=False)
+        return self
+
+    def pause(self) -> None:
+        """Save and hold at the next boundary, also inside a slice; `run` or `start` goes on."""
+        self._rounds.halt("pause")
+
+    def stop(self) -> None:
+        """Save and end at the next boundary, also inside a slice; `run` goes on."""
+        self._rounds.halt("stop")
+
+    # ---- reading
+
+    @property
+    def state(self) -> str:
+        """One of "ready", "running", "paused", "stopped", "done", "failed"."""
+        return self._rounds.state
+
+    @property
+    def reason(self) -> str:
+        """What ended the loop: "budget", "interrupt", "terminate", "stop", "pause", "error"."""
+        return self._rounds.reason
+
+    @property
+    def asked(self) -> str:
+        """The order that waits for the next boundary: "", "pause", "stop"."""
+        return self._rounds.asked
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every member has reached the end."""
+        return self._rounds.is_done
+
+    @property
+    def members(self) -> list[Standing]:
+        """The members, in the order of their numbers."""
+        return [Standing(self._rounds, member) for member in self._rounds.members]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict for each slice that is over; `pandas.DataFrame(population.history)` is the table."""
+        return [
+            {
+                "round": row.round,
+                "member": row.member,
+                "source": row.source,
+                "progress": row.progress,
+                "step": row.step,
+                "score": row.score,
+                **row.hyperparameters,
+                **row.metrics,
+                "error": row.error,
+            }
+            for row in list(self._rounds.table.rows)
+        ]
+
+    @property
+    def lines(self) -> list[str]:
+        """What the population has said, oldest first; the last some hundred lines."""
+        return self._rounds.lines.last()
+
+    def best(self) -> torch.nn.Module:
+        """Return a copy of the best member's model, in eval mode: the highest of the scores now.
+
+        It is that of the newest states, not of all that ever were: the best score of many rounds
+        would be the luckiest one too.
+
+        Raises:
+            SessionError: no member has ended its first slice.
+        """
+        return self._rounds.storing.model(self._rounds.best()).eval()
+
+    def test(self, dataset: Any) -> dict[str, float]:
+        """Return what the best model's validation would give on other data, once, at the end.
+
+        That it was done is kept with the population: whoever chooses by a test set has none left.
+
+        Args:
+            dataset: A data set or DataLoader as the task's `valid`.
+
+        Raises:
+            SessionError: it is training, or there is no best yet.
+        """
+        rounds = self._rounds
+        if rounds.runs_elsewhere:
+            raise SessionError(f"{self.name!r} is training. Test it when that is over.")
+        row, ground = rounds.best(), self._ground
+        tests = rounds.founded.tests
+        if tests:
+            warnings.warn(
+                f"The test set was used before, {len(tests)} times: what is chosen by it now has "
+                "none left that is new to it.",
+                NbtrainWarning,
+                stacklevel=2,
+            )
+        task = self._maker.built(row.hyperparameters)
+        task.model = rounds.storing.model(row)
+        source = data.source(dataset, "test", shuffle=False, collate=task.collate)
+        source.drop_last = False
+        size = source.batch_size or ground.arguments["batch_size"] or DEFAULT_BATCH
+        order = data.Order(source, ground.seed)
+        loader = data.Loader(source, (ground.seed, "test"), order, size, 0)
+        found = validate(
+            task, loader, size, seed=ground.seed, device=ground.device, proceed=lambda: True
+        )
+        metrics = {name.replace("valid_", "test_"): value for name, value in (found or {}).items()}
+        tests.append({"round": row.round, "member": row.member, **metrics})
+        rounds.storing.note()
+        return metrics
+
+    def status(self) -> dict[str, Any]:
+        """Return what is known now, as plain values; times in seconds."""
+        return standing.of(self.name, self._rounds, self._ground)
+
+    def __repr__(self) -> str:
+        why = f" ({self.reason})" if self.reason not in ("", self.state) else ""
+        best = self._rounds.now_best
+        score = number(best.score) if best is not None and best.score is not None else "-"
+        return (
+            f"<population {self.name!r}: {self.state}{why}, {len(self._rounds.members)} members, "
+            f"round {self._rounds.now_round + 1}, best {score}>"
+        )
+
+
+def _evolution(arguments: dict[str, Any], engine: str) -> Evolution:
+    """Check the arguments, make them those that are stored, and return what plans the rounds."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is not known. Use one of: {', '.join(ENGINES)}.")
+    Interval.read(arguments["interval"])
+    metric, direction = arguments["metric"], arguments["direction"]
+    if direction is None:
+        direction = "min" if metric.endswith(("loss", "error")) else "max"
+    evolution = Evolution(
+        space=spaces.read(arguments["space"]),
+        members=arguments["members"],
+        seed=arguments["seed"],
+        mode=arguments["mode"],
+        quantile=arguments["quantile"],
+        factors=tuple(arguments["factors"]),
+        resample=arguments["resample"],
+        direction=direction,
+    )
+    arguments |= {
+        "space": spaces.plain(evolution.space),
+        "direction": direction,
+        "factors": list(evolution.factors),
+        "keep": 2,
+    }
+    return evolution

@@ -1,0 +1,323 @@
+"""The loop of a population: members take turns, round by round.
+
+In each round every member has one slice: training, then validation. The plan of a round is made from
+the scores of the one before, when all of them are there; members are trained one after the other, in
+the order of their numbers, and each is saved when its slice is over. An order, the clock and a signal
+are heard between two windows, also inside a slice; the part of it that is done is saved then.
+
+A member that fails, by a loss that is not finite or by an error in the user's code, ends its slice
+without a score: it is worst, and replaced in the next round. An error of the data or of the store is
+no member's fault, and ends the loop as it ends a session's.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import torch
+
+from nbtrain.bar import Bar, goodbye, hello, number
+from nbtrain.budget import words
+from nbtrain.checkpoint import Snapshot
+from nbtrain.driving import Driven
+from nbtrain.errors import DataError, LossError, SessionError
+from nbtrain.evolution import Turn
+from nbtrain.founding import Founded
+from nbtrain.making import Maker
+from nbtrain.member import Interval, Member, score_of
+from nbtrain.opening import Ground
+from nbtrain.parking import Room
+from nbtrain.storing import Storing
+from nbtrain.table import Row
+
+LOOK_EVERY_S = 0.25
+
+
+class Rounds(Driven):
+    """Trains a population, from where it is, until something ends it.
+
+    Args:
+        name: The population's.
+        ground: Clock, stores, arguments.
+        maker: Makes the members.
+        founded: What there is of it.
+        save_every_s: Longest time between two saves inside a slice.
+        shows_bar: Whether a progress line is drawn.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ground: Ground,
+        maker: Maker,
+        founded: Founded,
+        save_every_s: float,
+        shows_bar: bool,
+    ) -> None:
+        super().__init__(name, ground, shows_bar)
+        self.founded, self.table, self.shelf = founded, founded.table, founded.shelf
+        self.storing = Storing(ground, maker, founded, self.lines, save_every_s)
+        self._shows_bar = shows_bar
+        self.interval = Interval.read(ground.arguments["interval"])
+        members = range(ground.arguments["members"])
+        self.members = [Member(id, maker, self.interval) for id in members]
+        self.active: Member | None = None  # whose slice is under way
+        self._part = founded.part
+        self._errors: list[Exception] = []
+        self._room = Room(ground.device)
+        self._look_at = 0.0
+        for again in self.table.forget_failures():
+            founded.notes.append(f"member {again.member} tries round {again.round + 1} again")
+        self._look_around()
+        where = None if founded.is_new else self._at
+        self.resumed = "new" if founded.is_new else f"resumed in {self._at}"
+        self.lines.say(hello(name, ground.stores[-1].place, where, founded.notes))
+        if founded.is_new:
+            for note in founded.notes:
+                self.lines.say(f"{name}: {note}.")
+
+    def train(self) -> None:
+        """Train until all is done, or something ends it."""
+        if self.is_done:
+            if self.shelf.is_failing:
+                self.storing.note()
+            self.state = self.reason = "done"
+            self._say_goodbye()
+            return
+        with self._running():
+            while not self.reason and (turns := self.table.left):
+                self._round(turns)
+
+    # ---- what it says of itself
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every member has reached the end."""
+        return self.table.is_done
+
+    @property
+    def num_slices(self) -> int | None:
+        """How many slices there are in all, where that is known before."""
+        epochs, interval = self.table.epochs, self.interval
+        if epochs is None or interval.unit != "epochs" or self.table.evolution.mode == "halving":
+            return None
+        return math.ceil(epochs / interval.amount) * len(self.members)
+
+    def bar(self, *, shown: bool = True) -> Bar:
+        """Return a progress line over the slices."""
+        shown = shown and self._shows_bar and threading.current_thread() is threading.main_thread()
+        is_batch, done = self._ground.host.is_batch, len(self.table.rows)
+        return Bar(self.name, done, self.num_slices, is_batch=is_batch, shown=shown, unit="slices")
+
+    def draw(self, bar: Bar) -> None:
+        """Draw a progress line as things are now."""
+        active, best = self.active, self.now_best
+        live = active.live if active is not None else None
+        now = f"member {active.id}, loss {number(live.loss)}, " if active and live else ""
+        score = "-" if best is None or best.score is None else number(best.score)
+        metric = self._ground.arguments["metric"]
+        left = words(self._budget.left_s)
+        text = f"round {self.now_round + 1}, {now}best {metric} {score}, budget {left}"
+        bar.put(len(self.table.rows), text)
+
+    def leave(self) -> None:
+        """Do nothing: there is no loop of the user's."""
+
+    # ---- rounds and slices
+
+    def _round(self, turns: list[Turn]) -> None:
+        self._hold_donors(turns)
+        for turn in turns:
+            if not self._slice(turn):
+                return
+            self.storing.heed()
+        if self.table.has_failed:
+            error = self._errors[0] if self._errors else LossError(self.table.rows[-1].error)
+            error.add_note(f"All members have failed in round {turn.round + 1}; this was the first.")
+            raise error
+        best = self.now_best
+        assert best is not None
+        score = f"{self._ground.arguments['metric']} {number(best.score or 0.0)}"
+        moves = [f"{t.member} <- {t.source}" for t in self.table.left if t.is_exploit]
+        says = f"round {turn.round + 1}: best {score} (member {best.member})"
+        self.lines.say("; ".join([says, *([", ".join(moves)] if moves else [])]))
+        self._errors = []
+
+    def _hold_donors(self, turns: list[Turn]) -> None:
+        """Copy each state that another member goes on from, before its own member trains on."""
+        for turn in turns:
+            key = (turn.round - 1, turn.source) if turn.source is not None else None
+            if turn.is_exploit and key is not None and key not in self.founded.states:
+                donor = self.members[key[1]]
+                if donor.at == key:
+                    self.founded.states[key] = Snapshot(0, *donor.take(), "", {})
+
+    def _slice(self, turn: Turn) -> bool:
+        """Do a member's slice; False where something ended the loop on the way."""
+        member = self.active = self.members[turn.member]
+        found = None if member.turn == turn else self._source(member, turn)
+        try:
+            if member.turn != turn:
+                self._wake(member, turn, found)
+            del found
+            observe = self._budget.observe
+            if not member.train(self._proceed, observe, self._ground.clock):
+                return False
+            metrics = self._validated(member)
+            if metrics is None:
+                return False
+            score = score_of(metrics, self._ground.arguments["metric"])
+            taken = member.take()
+        except DataError:
+            raise
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and self._make_room(member):
+                member.drop()  # the slice is begun again, which changes nothing in it
+                return self._slice(turn)
+            self._fail(turn, error)
+            return True
+        live = member.live
+        assert live is not None
+        place = {"step": live.step, "epoch": live.epoch, "progress": live.progress}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        why = "" if score is not None else f"{self._ground.arguments['metric']} is not finite"
+        member.finish()
+        if self._room.is_tight():
+            member.park()  # it is the one that is needed last
+        self._close(Row.of(turn, score=score, metrics=finite, error=why, **place), taken)
+        return True
+
+    def _source(self, member: Member, turn: Turn) -> Snapshot | None:
+        """Return the state that a slice begins with, where it is not alive already.
+
+        Raises:
+            CheckpointError: it cannot be read; that is no fault of the member's.
+        """
+        part = self._part
+        if part is not None and (part.facts["round"], part.facts["member"]) == (turn.round, member.id):
+            return part
+        if turn.source is None:
+            return None
+        key = turn.round - 1, turn.source
+        if member.at == key:
+            return None
+        return self.founded.states[key] if key in self.founded.states else self.shelf.load(key)
+
+    def _make_room(self, member: Member) -> bool:
+        """Let all others leave the device; False where none is there any more."""
+        others = [m for m in self.members if m is not member and m.live is not None]
+        there = [m for m in others if not m.is_parked]
+        for other in there:
+            other.park()
+        return bool(there)
+
+    def _wake(self, member: Member, turn: Turn, found: Snapshot | None) -> None:
+        member.fetch()
+        self._room.begin()
+        if found is None and turn.source is not None:
+            member.go_on(turn)
+        else:
+            member.begin(turn, found, self.founded.stage)
+        self._part = None
+
+    def _validated(self, member: Member) -> dict[str, float] | None:
+        began = self._ground.clock()
+        metrics = member.validate(self._proceed)
+        if metrics is not None:
+            self._budget.observe("validation", self._ground.clock() - began)
+        return metrics
+
+    def _fail(self, turn: Turn, error: Exception) -> None:
+        self._errors.append(error)
+        self.members[turn.member].drop()
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"
+        self.lines.say(f"member {turn.member} has failed in round {turn.round + 1}: {why}")
+        self._close(Row.of(turn, error=why), ({}, {}, {}))
+
+    def _close(self, row: Row, taken: tuple[Any, Any, Any]) -> None:
+        """Note that a slice is over, and save it."""
+        self.table.add(row)
+        self._look_around()
+        self.active = None
+        self.storing.end(row, taken)
+        wanted = {(t.round - 1, t.source) for t in self.table.left}
+        self.founded.states = {
+            key: state for key, state in self.founded.states.items() if key in wanted
+        }
+
+    def _look_around(self) -> None:
+        # For other threads, which must not read a table that is being written.
+        self.now_round, self.now_best = self.table.round, self.table.best()
+
+    # ---- between two windows
+
+    def _proceed(self, what: str) -> bool:
+        """Look at losses, orders and clock, save if it is time; say whether to go on."""
+        now = self._ground.clock()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_EVERY_S
+            assert self.active is not None and self.active.live is not None
+            self.active.live.settle()
+            self._poll()
+        if not self._may_go_on(what):
+            return False
+        if what == "window" and self.active is not None and self.storing.is_due(now):
+            self.storing.part(self.active)
+        return True
+
+    # ---- the ends
+
+    def _begin(self) -> None:
+        for again in self.table.forget_failures():
+            self.members[again.member].drop()
+        self._look_at = 0.0
+        self._order_files.start()
+        self.storing.begin()
+
+    def _settle(self) -> None:
+        """Nothing is unread: a slice's losses are read before it is over."""
+
+    def _end(self) -> None:
+        """Save the part of a slice that is done, and wait for all that is being saved."""
+        self._orders.obey()
+        member = self.active
+        if member is not None and member.live is not None and member.turn is not None:
+            member.live.go_back()
+            try:
+                self.storing.part(member)
+            except LossError as error:  # its slice is begun again, and fails where it is heard
+                self.lines.warn(f"The part of member {member.id}'s slice was not saved: {error}")
+                member.drop()
+        self.storing.finish()
+        self._orders.obey()
+        self._say_goodbye()
+
+    def _rest(self) -> None:
+        for member in self.members:
+            if member.read is not None:
+                member.read.close()
+
+    def _say_goodbye(self) -> None:
+        saved = list(self.shelf.saved.values())[-1:]
+        where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
+        reason, on = "done" if self.is_done else self.reason, self._ground.way_on(self.name)
+        self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=True))
+
+    @property
+    def _at(self) -> str:
+        best = self.now_best
+        score = "" if best is None or best.score is None else f", best {number(best.score)}"
+        done = len({row.round for row in self.table.rows})
+        return f"round {done}, {len(self.table.rows)} slices{score}, stage {self.founded.stage}"
+
+    def best(self) -> Row:
+        """Return the row of the best state.
+
+        Raises:
+            SessionError: there is none yet.
+        """
+        if self.now_best is None:
+            raise SessionError("There is no best yet: no member has ended its first slice.")
+        return self.now_best

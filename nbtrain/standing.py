@@ -1,0 +1,142 @@
+"""Where a population stands, and each member: with what it trains, what that gave, whom it copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nbtrain.bar import number
+from nbtrain.errors import SessionError
+from nbtrain.journal import Journal
+from nbtrain.member import Member
+from nbtrain.opening import Ground
+from nbtrain.rounds import Rounds
+from nbtrain.table import Row
+
+
+class Standing:
+    """What is known of one member.
+
+    Attributes:
+        id: Its number, from 0.
+    """
+
+    def __init__(self, rounds: Rounds, member: Member) -> None:
+        self._rounds, self._member = rounds, member
+        self.id = member.id
+
+    @property
+    def rows(self) -> list[Row]:
+        """Its slices that are over, oldest first."""
+        return [row for row in list(self._rounds.table.rows) if row.member == self.id]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the slice under way, else of the last one."""
+        turn, rows = self._member.turn, self.rows
+        if turn is not None:
+            return dict(turn.hyperparameters)
+        return dict(rows[-1].hyperparameters) if rows else {}
+
+    @property
+    def score(self) -> float | None:
+        """What the last slice's validation gave; None before it, and where that failed."""
+        return self.scores[-1] if self.rows else None
+
+    @property
+    def scores(self) -> list[float | None]:
+        """The scores of its rounds."""
+        return [row.score for row in self.rows]
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """Each time it went on from another member's state: round, donor, and what was changed."""
+        return [
+            {
+                "round": row.round,
+                "donor": row.source,
+                "member": row.member,
+                "changes": [vars(change) for change in row.changes],
+            }
+            for row in self.rows
+            if row.source not in (None, row.member)
+        ]
+
+    @property
+    def state(self) -> str:
+        """One of "ready", "training", "waiting", "failed", "ended", "done"."""
+        rows = self.rows
+        if self._rounds.active is self._member:
+            return "training" if self._rounds.state == "running" else "waiting"
+        if not rows:
+            return "ready"
+        if rows[-1].score is None:
+            return "failed"
+        if rows[-1].round < self._rounds.now_round - 1:
+            return "ended"
+        return "done" if self._rounds.is_done else "waiting"
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """Its model as it is now; where it sleeps, a copy from its last state.
+
+        Raises:
+            CheckpointError: that state is no longer there.
+            SessionError: it has not trained yet.
+        """
+        if self._member.live is not None:
+            return self._member.live.task.model
+        return self._rounds.storing.model(self._last())
+
+    @property
+    def journal(self) -> Journal:
+        """The settings in force, and every change of them, with those of the weights it copied."""
+        if self._member.live is not None:
+            return self._member.live.journal
+        return Journal.from_state_dict(self._rounds.storing.state(self._last()).state["journal"])
+
+    def _last(self) -> Row:
+        rows = [row for row in self.rows if row.score is not None]
+        if not rows:
+            raise SessionError(f"Member {self.id} has no state yet. Run the population first.")
+        return rows[-1]
+
+    def __repr__(self) -> str:
+        score = "-" if self.score is None else number(self.score)
+        return f"<member {self.id}: {self.state}, score {score}, {self.hyperparameters}>"
+
+
+def of(name: str, rounds: Rounds, ground: Ground) -> dict[str, Any]:
+    """Return what is known of a population, as plain values; times in seconds."""
+    rows = list(rounds.table.rows)
+    best = rounds.now_best
+    return {
+        "name": name,
+        "kind": "population",
+        "state": rounds.state,
+        "reason": rounds.reason,
+        "asked": rounds.asked,
+        "error": rounds.worker.problem if rounds.worker is not None else "",
+        "resumed": rounds.resumed,
+        "stage": rounds.founded.stage,
+        "round": rounds.now_round,
+        "active": rounds.active.id if rounds.active is not None else None,
+        "num_slices": len(rows),
+        "num_slices_in_all": rounds.num_slices,
+        "best_score": best.score if best is not None else None,
+        "best_member": best.member if best is not None else None,
+        "best_hyperparameters": dict(best.hyperparameters) if best is not None else {},
+        "arguments": dict(ground.arguments),
+        "travels_with_weights": sorted(rounds.table.evolution.fixed),
+        "tests": list(rounds.founded.tests),
+        "budget": ground.clock_words,
+        "budget_limit_s": ground.budget.limit_s,
+        "budget_left_s": ground.budget.left_s,
+        "reserve_s": ground.budget.reserve_s(validation=True),
+        "saved": [vars(saved) for saved in rounds.shelf.known()],
+        "pending_bytes": rounds.shelf.pending_bytes,
+        "store": ground.stores[-1].place,
+        "recipe": ground.recipe_words,
+        "goes_on": ground.way_on(name),
+    }

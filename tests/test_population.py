@@ -1,0 +1,578 @@
+"""A population is a function of its arguments and its seed, however it was stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from herds import EPOCHS, MEMBERS, SPACE, Noisy, assert_same_bits, bits, build, population
+from runs import in_fresh_process, session
+from torch import nn
+
+import nbtrain
+from nbtrain import checkpoint
+from nbtrain.errors import (
+    CheckpointError,
+    DataError,
+    NbtrainWarning,
+    SessionError,
+    StoreError,
+    TaskError,
+    TrustError,
+)
+from nbtrain.rounds import Rounds
+from nbtrain.stores import FolderStore
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> nbtrain.Population:
+    return population(tmp_path_factory.mktemp("whole")).run()
+
+
+def calling(act: Callable[[int], None], **fields: Any) -> Callable[..., nbtrain.Task]:
+    """Return a build whose loss calls back with the number of its call, then does its work."""
+    calls = iter(range(10**9))
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        act(next(calls))
+        return nn.functional.cross_entropy(output, target)
+
+    def watched(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+        task = build(lr, weight_decay)
+        task.loss = loss
+        for name, value in fields.items():
+            setattr(task, name, value)
+        return task
+
+    return watched
+
+
+QUIET = pytest.mark.filterwarnings("ignore:A fresh kernel could not rebuild")
+
+
+# ---- the same bits
+
+
+def test_two_plain_runs_are_equal(whole: nbtrain.Population, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    again = population(tmp_path).run()
+    assert_same_bits(bits(again), bits(whole))
+    assert any(one.lineage for one in whole.members)
+    assert again.history != population(tmp_path / "other", seed=1).run().history
+
+
+@QUIET
+@pytest.mark.parametrize("stop_at", [2, 9, 16, 21, 47, 70, 100])
+def test_stopped_inside_a_slice_and_run_again_it_ends_in_the_same_bits(
+    whole: nbtrain.Population, tmp_path: Path, stop_at: int
+) -> None:
+    made: list[nbtrain.Population] = []
+    stopping = calling(lambda call: made[0].stop() if call == stop_at and made else None)
+    made.append(population(tmp_path, build=stopping))
+    made[0].run()
+    assert (made[0].state, made[0].reason) == ("stopped", "stop")
+    made[0].run()
+    assert made[0].state == "done"
+    assert_same_bits(bits(made[0]), bits(whole))
+
+
+@QUIET
+@pytest.mark.parametrize("stop_at", [2, 12, 30, 60, 90])
+def test_a_cut_slice_is_saved_and_gone_on_with_where_it_was(
+    whole: nbtrain.Population, tmp_path: Path, stop_at: int
+) -> None:
+    made: list[nbtrain.Population] = []
+    calls = [0]
+
+    def count(call: int) -> None:
+        calls[0] += 1
+        if call == stop_at and made:
+            made[0].stop()
+
+    made.append(population(tmp_path, build=calling(count)))
+    tried = calls[0]
+    made[0].run()
+    newest = checkpoint.find([FolderStore(tmp_path)], "herd")[0]
+    # A slice is 8 losses of training and 8 of validation; at an end of these nothing is under way.
+    assert newest.facts["partial"] == (stop_at % 16 != 0)
+    again = population(tmp_path, build=calling(count)).run()
+    assert_same_bits(bits(again), bits(whole))
+    done_twice = calls[0] - tried - MEMBERS * EPOCHS * 16
+    assert done_twice <= 8, "a validation at most is done again"
+
+
+@QUIET
+def test_cut_by_its_budget_again_and_again_it_ends_in_the_same_bits(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    """A clock that goes a second with each loss, and kernels of a minute."""
+    now = [0.0]
+
+    def tick(call: int) -> None:
+        now[0] += 1.0
+
+    reasons = []
+    for _ in range(20):
+        found = population(
+            tmp_path,
+            build=calling(tick),
+            budget=40,
+            started_at=time.time(),
+            clock=lambda: now[0],
+        )
+        found.run()
+        reasons.append(found.reason)
+        assert found.budget.left_s >= 0
+        if found.state == "done":
+            break
+    assert reasons == ["budget"] * (len(reasons) - 1) + ["done"] and len(reasons) >= 4
+    assert_same_bits(bits(found), bits(whole))
+
+
+@QUIET
+def test_paused_it_goes_on_in_this_kernel_and_saved_often_it_is_the_same(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    made: list[nbtrain.Population] = []
+    pausing = calling(lambda call: made[0].pause() if call % 37 == 36 and made else None)
+    made.append(population(tmp_path, build=pausing, save_every=1e-9))
+    seen = []
+    while made[0].state != "done":
+        made[0].start().wait()
+        seen.append(made[0].state)
+    assert set(seen) == {"paused", "done"} and len(seen) >= 3
+    assert_same_bits(bits(made[0]), bits(whole))
+
+
+def resume_and_finish(folder: Path, result: Path) -> None:
+    found = nbtrain.resume("herd", store=folder, trust_code=True, device="cpu", bar=False)
+    assert isinstance(found, nbtrain.Population)
+    torch.save((found.status()["resumed"], bits(found.run())), result)
+
+
+def test_one_line_in_a_fresh_kernel_goes_on(whole: nbtrain.Population, tmp_path: Path) -> None:
+    first = population(tmp_path / "herd")
+    close = first._rounds._close
+
+    def stopping(*args: Any) -> None:
+        close(*args)
+        if len(first.history) == 4:
+            first.stop()
+
+    first._rounds._close = stopping  # type: ignore[method-assign]
+    first.run()
+    with pytest.raises(TrustError, match="def build"):
+        nbtrain.resume("herd", store=tmp_path / "herd")
+    result = tmp_path / "bits.pt"
+    assert in_fresh_process(resume_and_finish, tmp_path / "herd", result) == 0
+    at, found = torch.load(result, weights_only=False)
+    assert at.startswith("resumed in round 2, 4 slices, ")
+    assert_same_bits(found, bits(whole))
+
+
+def test_longer_runs_go_on_from_the_end_of_shorter_ones(tmp_path: Path) -> None:
+    short = population(tmp_path, decay="constant", epochs=2).run()
+    assert short.is_done and len(short.history) == 6
+    longer = population(tmp_path, decay="constant", epochs=4).run()
+    assert longer.is_done and len(longer.history) == 12
+    straight = population(tmp_path / "straight", decay="constant", epochs=4).run()
+    assert longer.history == straight.history
+
+
+# ---- rounds
+
+
+def test_nobody_is_replaced_in_a_random_search_and_the_first_draw_is_the_same(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    found = population(tmp_path, mode="random").run()
+    assert [row["source"] for row in found.history[MEMBERS:]] == [0, 1, 2] * (EPOCHS - 1)
+    assert found.history[:MEMBERS] == whole.history[:MEMBERS]
+    assert not any(one.lineage for one in found.members)
+
+
+def test_halving_ends_the_worst_and_their_states_are_still_there(tmp_path: Path) -> None:
+    found = population(tmp_path, mode="halving", members=4, quantile=0.5).run()
+    sizes = [sum(row["round"] == round for row in found.history) for round in range(EPOCHS)]
+    assert sizes == [4, 2, 1] and found.is_done
+    again = population(tmp_path, mode="halving", members=4, quantile=0.5)
+    states = [one.state for one in again.members]
+    assert sorted(states) == ["done", "ended", "ended", "ended"]
+    for one, other in zip(found.members, again.members, strict=True):
+        for name, value in one.model.state_dict().items():
+            assert torch.equal(other.model.state_dict()[name], value)
+
+
+def test_every_exploit_is_in_the_lineage_and_its_changes_are_in_force(
+    whole: nbtrain.Population,
+) -> None:
+    seen = 0
+    for one in whole.members:
+        for event in one.lineage:
+            row = next(r for r in one.rows if r.round == event["round"])
+            donor = whole.members[event["donor"]].rows[event["round"] - 1]
+            expected = donor.hyperparameters | {c["what"]: c["new"] for c in event["changes"]}
+            assert row.hyperparameters == expected
+            seen += 1
+        assert one.journal.settings["accumulate"] == one.hyperparameters["accumulate"]
+        assert one.journal.group_lrs == [one.hyperparameters["lr"]]
+    assert seen >= 2
+
+
+def test_the_best_is_a_copy_of_the_best_members_model(whole: nbtrain.Population) -> None:
+    best = min(whole.members, key=lambda one: (one.score, one.id))
+    model = whole.best()
+    assert not model.training and model is not best.model
+    for name, value in best.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert whole.status()["best_member"] == best.id
+
+
+def test_status_is_plain_and_members_say_where_they_stand(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    status = whole.status()
+    json.dumps(status)
+    assert (status["state"], status["num_slices"], status["round"]) == ("done", 9, EPOCHS)
+    assert {one.state for one in whole.members} == {"done"}
+    assert len(whole.members[0].scores) == EPOCHS
+    new = population(tmp_path)
+    assert {one.state for one in new.members} == {"ready"} and new.members[0].score is None
+    with pytest.raises(SessionError, match="no best yet"):
+        new.best()
+    with pytest.raises(SessionError, match="Member 1 has no state yet"):
+        _ = new.members[1].model
+    assert "3 members, round 1, best -" in repr(new)
+
+
+def widths(lr: float = 0.1, hidden: int = 8, depth: int = 1) -> nbtrain.Task:
+    layers = [nn.Linear(6, hidden), *(nn.Linear(hidden, hidden) for _ in range(depth))]
+    model = nn.Sequential(*layers, nn.Linear(hidden, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), valid=Noisy())
+
+
+def test_what_shapes_the_model_travels_with_its_weights_and_the_user_is_told(tmp_path: Path) -> None:
+    space = {"lr": SPACE["lr"], "hidden": nbtrain.randint(4, 32), "depth": [1, 2]}
+    found = population(tmp_path, build=widths, space=space, members=4, resample=1.0, epochs=4)
+    assert any("depth, hidden: shapes the model" in line for line in found.lines)
+    assert found.status()["travels_with_weights"] == ["depth", "hidden"]
+    found.run()
+    events = [event for one in found.members for event in one.lineage]
+    assert events and all(c["what"] == "lr" for event in events for c in event["changes"])
+    for one in found.members:
+        assert one.model[0].out_features == one.hyperparameters["hidden"]
+    again = population(tmp_path, build=widths, space=space, members=4, resample=1.0, epochs=4)
+    assert again.status()["travels_with_weights"] == ["depth", "hidden"]
+
+
+# ---- failures
+
+
+def failing(when: Callable[[float], bool], raises: Callable[[], Exception] | None) -> Any:
+    def sick(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+        task = build(lr, weight_decay)
+
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            value = nn.functional.cross_entropy(output, target)
+            if when(lr) and task.model.training:
+                if raises is not None:
+                    raise raises()
+                return value * math.nan
+            return value
+
+        task.loss = loss
+        return task
+
+    return sick
+
+
+@QUIET
+@pytest.mark.parametrize("raises", [None, lambda: ZeroDivisionError("by the user")])
+def test_a_member_that_fails_is_named_and_replaced(tmp_path: Path, raises: Any) -> None:
+    first = population(tmp_path / "look").run()
+    worst = [row["lr"] for row in first.history[:MEMBERS]]
+    # Two of three, more than the quantile: the one that is left is copied by both.
+    sick = failing(lambda lr: lr in worst[:2], raises)
+    found = population(tmp_path / "herd", build=sick).run()
+    rows = found.history
+    assert [row["score"] is None for row in rows[:MEMBERS]] == [True, True, False]
+    assert [row["source"] for row in rows[MEMBERS : 2 * MEMBERS]] == [2, 2, 2]
+    assert found.is_done and all(one.score is not None for one in found.members)
+    words = "LossError: The loss is nan" if raises is None else "ZeroDivisionError: by the user"
+    assert any(f"member 0 has failed in round 1: {words}" in line for line in found.lines)
+    assert words in rows[0]["error"]
+    again = population(tmp_path / "herd", build=sick)
+    assert again.history == rows
+
+
+@QUIET
+def test_where_all_fail_the_first_error_is_raised_and_the_round_can_be_tried_again(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    ill = [False]
+    sick = failing(lambda lr: ill[0], lambda: ZeroDivisionError("by the user"))
+    found = population(tmp_path, build=sick)
+    close = found._rounds._close
+
+    def falling_ill(row: Any, taken: Any) -> None:
+        close(row, taken)
+        ill[0] = (row.round, row.member) >= (0, 2)
+
+    found._rounds._close = falling_ill  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError, match="by the user") as told:
+        found.run()
+    assert "All members have failed in round 2" in told.value.__notes__[0]
+    assert found.state == "failed" and len(found.history) == 6
+    found._rounds._close = close  # type: ignore[method-assign]
+    for again in (population(tmp_path, build=sick), found):
+        ill[0] = False
+        if again is not found:
+            assert len(again.history) == MEMBERS
+            assert_same_bits(bits(again.run()), bits(whole))
+
+
+@QUIET
+def test_in_the_same_kernel_too_a_failed_round_is_tried_again(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    ill = [True]
+    sick = failing(lambda lr: ill[0], lambda: ZeroDivisionError("by the user"))
+    found = population(tmp_path, build=sick)
+    with pytest.raises(ZeroDivisionError):
+        found.run()
+    ill[0] = False
+    assert_same_bits(bits(found.run()), bits(whole))
+
+
+@QUIET
+def test_an_error_of_the_data_is_no_members_fault_and_nothing_is_lost(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    broken = [False]
+
+    class Torn(Noisy):
+        def __getitem__(self, index: int) -> Any:
+            if broken[0] and index == 13:
+                raise OSError("the sample is gone")
+            return super().__getitem__(index)
+
+    def tear(call: int) -> None:
+        broken[0] = broken[0] or call == 50
+
+    found = population(tmp_path, build=calling(tear, train=Torn()))
+    with pytest.raises(DataError, match="the sample is gone"):
+        found.run()
+    assert found.state == "failed" and all(row["score"] is not None for row in found.history)
+    broken[0] = False
+    assert_same_bits(bits(found.run()), bits(whole))
+
+
+def test_a_save_that_fails_is_told_and_made_up_for(
+    whole: nbtrain.Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = population(tmp_path)
+    commit, commits = checkpoint.commit, iter(range(100))
+
+    def refusing(*args: Any) -> Any:
+        if next(commits) in (2, 3):
+            raise StoreError("The disk is full.")
+        return commit(*args)
+
+    monkeypatch.setattr(checkpoint, "commit", refusing)
+    with pytest.warns(NbtrainWarning, match="A save failed, training goes on: The disk is full"):
+        found.run()
+    assert_same_bits(bits(population(tmp_path)), bits(whole))
+
+
+def test_where_the_last_save_fails_that_is_raised_and_run_again_saves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = population(tmp_path, epochs=1)
+    commit, full = checkpoint.commit, [False]
+
+    def refusing(*args: Any) -> Any:
+        if full[0]:
+            raise StoreError("The disk is full.")
+        return commit(*args)
+
+    monkeypatch.setattr(checkpoint, "commit", refusing)
+    close = found._rounds._close
+
+    def filling(row: Any, taken: Any) -> None:
+        full[0] = row.member == MEMBERS - 1
+        close(row, taken)
+
+    found._rounds._close = filling  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="The disk is full"):
+        found.run()
+    full[0] = False
+    assert found.run().state == "done"
+    assert len(population(tmp_path, epochs=1).history) == MEMBERS
+
+
+@QUIET
+def test_an_interrupt_ends_the_window_and_saves_the_part_of_the_slice(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    def press(call: int) -> None:
+        if call == 50:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    found = population(tmp_path, build=calling(press))
+    with pytest.raises(KeyboardInterrupt, match="everything is saved"):
+        found.run()
+    assert (found.state, found.reason) == ("stopped", "interrupt")
+    assert_same_bits(bits(population(tmp_path).run()), bits(whole))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"members": 1}, ValueError, "members=1"),
+        ({"quantile": 0.51}, ValueError, "quantile=0.51"),
+        ({"space": {}}, ValueError, "no hyperparameter to search"),
+        ({"space": {"widht": [1, 2]}}, ValueError, "'widht', which build does not take"),
+        ({"interval": "soon"}, ValueError, "interval='soon'"),
+        ({"mode": "grid"}, ValueError, "mode='grid'"),
+        ({"direction": "up"}, ValueError, "direction='up'"),
+        ({"engine": "cloud"}, ValueError, "engine='cloud'"),
+        ({"metric": "f1"}, TaskError, "metric='f1' is not among .* valid_loss, accuracy"),
+        ({"epochs": 0}, ValueError, "epochs=0"),
+        ({"seed": 1.5}, ValueError, "seed=1.5"),
+        ({"name": "../herd"}, ValueError, "is no name"),
+    ],
+)
+def test_an_argument_without_sense_is_refused_before_any_training(
+    tmp_path: Path, changes: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        population(tmp_path, **changes)
+    assert not any(tmp_path.iterdir())
+
+
+def blind(lr: float = 0.1) -> nbtrain.Task:
+    task = build(lr)
+    task.valid = None
+    return task
+
+
+def brittle(lr: float = 0.1, hidden: int = 8) -> nbtrain.Task:
+    if hidden == 1:
+        raise MemoryError("too narrow")
+    return widths(lr, hidden)
+
+
+def test_a_build_that_cannot_be_searched_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"Task\(valid=\) is None"):
+        population(tmp_path, build=blind, space={"lr": [0.1, 0.2]})
+    with pytest.raises(MemoryError, match="too narrow") as told:
+        population(tmp_path, build=brittle, space={"hidden": nbtrain.randint(1, 32)})
+    assert told.value.__notes__ == ["build was tried at the edges of the space, with {'hidden': 1}."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed of the population has changed"),
+        ({"quantile": 0.5}, "quantile of the population has changed"),
+        ({"members": 4}, "members of the population has changed"),
+        ({"space": {"lr": SPACE["lr"]}}, "space of the population has changed"),
+        ({"metric": "accuracy"}, "metric of the population has changed"),
+    ],
+)
+def test_another_search_under_the_same_name_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    population(tmp_path, epochs=1).run()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=words):
+        population(tmp_path, epochs=1, **changes)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_session_and_a_population_do_not_take_each_other_for_their_own(tmp_path: Path) -> None:
+    session(tmp_path).run()
+    with pytest.raises(SessionError, match="'tiny' is a session"):
+        population(tmp_path, name="tiny")
+    population(tmp_path, epochs=1).run()
+    with pytest.raises(SessionError, match="'herd' is a population"):
+        nbtrain.Session("herd", build, store=tmp_path, device="cpu", bar=False)
+
+
+def test_a_population_is_trained_once_at_a_time(tmp_path: Path) -> None:
+    one = population(tmp_path)
+    other = population(tmp_path)
+    with pytest.raises(SessionError, match="newer session 'herd'"):
+        one.run()
+    assert other.run().state == "done"
+
+
+# ---- the test set
+
+
+def test_a_test_set_is_touched_once_and_that_is_kept(tmp_path: Path) -> None:
+    found = population(tmp_path).run()
+    first = found.test(Noisy())
+    assert first.keys() == {"test_loss", "accuracy"}
+    with pytest.warns(NbtrainWarning, match="test set was used before, 1 times"):
+        assert found.test(Noisy()) == first
+    again = population(tmp_path)
+    assert len(again.status()["tests"]) == 2 and again.is_done
+    with pytest.warns(NbtrainWarning, match="2 times"):
+        assert again.test(torch.utils.data.DataLoader(Noisy(), 32)).keys() == first.keys()
+
+
+# ---- parts of it
+
+
+def test_orders_wait_for_nobody_and_the_members_are_seen_while_it_trains(tmp_path: Path) -> None:
+    found = population(tmp_path, epochs=None, decay="constant")
+    seen: list[Any] = []
+    close = Rounds._close
+
+    def looking(*args: Any) -> None:
+        close(found._rounds, *args)
+        seen.append((found.state, [one.state for one in found.members], repr(found.members[0])))
+        if len(seen) == 7:
+            found.stop()
+
+    found._rounds._close = looking  # type: ignore[method-assign]
+    found.run()
+    assert (found.state, len(found.history)) == ("stopped", 7)
+    assert all(state == "running" for state, _, _ in seen)
+    assert found.status()["num_slices_in_all"] is None
+
+
+def test_members_that_are_parked_train_the_same(
+    whole: nbtrain.Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbtrain.parking import Room
+
+    monkeypatch.setattr(Room, "is_tight", lambda self: True)
+    found = population(tmp_path).run()
+    assert all(one._member.is_parked for one in found.members)
+    assert_same_bits(bits(found), bits(whole))
+
+
+@QUIET
+def test_a_device_that_is_full_is_cleared_and_the_slice_begun_again(
+    whole: nbtrain.Population, tmp_path: Path
+) -> None:
+    def burst(call: int) -> None:
+        if call in (60, 110):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    found = population(tmp_path, build=calling(burst)).run()
+    assert_same_bits(bits(found), bits(whole))
