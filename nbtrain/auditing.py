@@ -108,6 +108,7 @@ def audit(
 
     Raises:
         ValueError: an argument makes no sense.
+        SessionError: a session trains in this kernel.
         TaskError, DataError: what `build` gives cannot be used, or the data set raised.
     """
     bench = Bench(build, steps, batch_size, accumulate, num_workers, seed, device)
@@ -123,14 +124,12 @@ def audit(
     return result
 
 
-def audit_session(name: str, state: str, opened: Opened, settings: dict[str, Any], steps: int) -> Audit:
+def audit_session(name: str, opened: Opened, settings: dict[str, Any], steps: int) -> Audit:
     """Audit the `build` of a session as it was opened, with the settings that are in force.
 
     Raises:
-        SessionError: it is training, or was made without `build`.
+        SessionError: a session trains in this kernel, or this one was made without `build`.
     """
-    if state == "running":
-        raise SessionError(f"{name!r} is training. Pause it first, then audit it.")
     if opened.build is None:
         raise SessionError(f"{name!r} was made without build. Say nbtrain.audit(build).")
     return audit(

@@ -34,7 +34,7 @@ def goodbye(name: str, at: str, reason: str, way_on: str, *, is_own: bool) -> st
     if reason == "done":
         return f"{name}: done at {at}. For more, raise epochs."
     if reason == "pause" and not is_own:
-        return f"{name}: paused at {at}.\n  Resume goes on; Stop, or another interrupt, frees the cell."
+        return f"{name}: paused at {at}.\n  Resume goes on; Stop ends it."
     if reason == "error":
         return (
             f"{name}: ended by an error at {at}.\n  Mend it, and run the cell again: nothing is lost."

@@ -120,6 +120,11 @@ class Driven(ABC):
                 self.state, self.reason = "stopped", reason
             self.order(reason, lambda: self._halt(reason, number))
 
+    def await_end(self) -> None:
+        """Wait for training in another thread that was told to pause or stop; else do nothing."""
+        if self.asked in ("pause", "stop") and self.runs_elsewhere and self.worker is not None:
+            self.worker.join()
+
     def close(self) -> None:
         """End the workers, and a pause with them: a newer session takes its place."""
         self.halt("stop")
@@ -129,6 +134,11 @@ class Driven(ABC):
     def runs_elsewhere(self) -> bool:
         """Whether another thread is in the loop."""
         return self._thread not in (None, threading.current_thread())
+
+    @property
+    def _holds(self) -> bool:
+        """Whether a pause holds the user's own loop in its place: a panel is there to resume it."""
+        return self.is_own and self.is_watched
 
     @property
     def is_held(self) -> bool:
@@ -151,7 +161,10 @@ class Driven(ABC):
         self._orders.obey()
         if not self.reason:
             self._orders.asked = ""
-        if self._interrupts.asked:
+        if self._interrupts.asked == "interrupt" and self._holds and not self.reason:
+            self._interrupts.forget(self._interrupts.num_presses)
+            self.reason = "pause"
+        elif self._interrupts.asked:
             self.reason = self._interrupts.asked
         elif not self.reason and not self._budget.fits(what):
             self.reason = "budget"

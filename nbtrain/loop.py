@@ -187,7 +187,7 @@ class Loop(Driven):
 
     def _is_resumed(self) -> bool:
         """Hold the user's own loop at a pause, saved, where a panel can resume it; whether one did."""
-        if self.reason != "pause" or not (self.is_own and self.is_watched):
+        if self.reason != "pause" or not self._holds:
             return False
         self.live.enter("pause", time.time())
         self.keeping.request("pause")
@@ -200,7 +200,7 @@ class Loop(Driven):
             time.sleep(TICK_S)
         self.state, self._pace = "running", Pace()
         if self.reason == "pause":
-            self.reason = ""
+            self.reason = self._interrupts.asked or ""
         if goes_on := self._may_go_on("window"):
             self.live.enter(None, time.time())
         return goes_on
@@ -246,7 +246,8 @@ class Loop(Driven):
             self.keeping.load()
         if not self.live.task.model.training:
             self.live.task.model.train()
-        self._settle_at, self._pace, self._bar = 0.0, Pace(), self.bar()
+        self.lines.shown = self._shows_bar and not self._holds  # a panel has them already
+        self._settle_at, self._pace, self._bar = 0.0, Pace(), self.bar(shown=not self._holds)
         self.live.enter(None, time.time())
         self.keeping.begin()
         self._order_files.start()

@@ -327,6 +327,20 @@ def refuse_second(name: str, opened: Ground) -> Any:
     return before
 
 
+def refuse_while_training(what: str) -> None:
+    """Refuse what would draw from the generators that a training run uses.
+
+    Raises:
+        SessionError: something trains in this kernel.
+    """
+    for (_, name), loop in list(_open.items()):
+        if loop.state == "running":
+            raise SessionError(
+                f"{name!r} is training in this kernel, and {what} would disturb its random numbers. "
+                "Pause it first, session.pause()."
+            )
+
+
 def register(name: str, opened: Ground, loop: Any) -> None:
     """Let this be the loop of its session in this kernel."""
     _open[opened.stores[-1].place, name] = loop

@@ -300,8 +300,8 @@ def _difference(fresh: dict[str, Any], here: dict[str, Any]) -> str:
             hint = (
                 "What a cell has set, set in build too; if it differs still: nbtrain.audit(build)."
                 if sides
-                else "It may be hidden randomness, or state outside model, optimizer and parts: "
-                "run nbtrain.audit(build)."
+                else "It may be hidden randomness, a file that has changed, or state outside model, "
+                "optimizer and parts: run nbtrain.audit(build)."
             )
             first = f"a fresh kernel would go on, but not to the same bits. {means}, first at {name!r}."
             return "\n".join([first, *sides, hint])

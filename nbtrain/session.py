@@ -257,6 +257,7 @@ class Session:
             SessionError: it is training; pause it first.
             LossError, StoreError: it had to be saved first, and could not be.
         """
+        self._loop.await_end()
         return rehearsal.rehearse(self.name, self._opened, self._loop, seconds(within))
 
     # ---- reading
@@ -267,8 +268,8 @@ class Session:
         Raises:
             SessionError: it is training, or was made without `build`.
         """
-        settings = self.journal.settings
-        return auditing.audit_session(self.name, self.state, self._opened, settings, steps)
+        self._loop.await_end()
+        return auditing.audit_session(self.name, self._opened, self.journal.settings, steps)
 
     @property
     def state(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbtrain import data, randomness, task
+from nbtrain import data, opening, randomness, task
 from nbtrain.evidence import digest
 from nbtrain.journal import SETTINGS, check
 from nbtrain.live import Live
@@ -70,6 +70,7 @@ class Bench:
 
     Raises:
         ValueError: an argument makes no sense.
+        SessionError: something trains in this kernel.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Bench:
         seed: int,
         device: str | torch.device | None,
     ) -> None:
+        if not callable(build):
+            raise ValueError("build= is what a build returns. Give the function: build, not build().")
+        opening.refuse_while_training("an audit")
         for name, value in (("steps", steps), ("seed", seed)):
             if type(value) is not int or (name == "steps" and value < 1):
                 least = " from 1 up" if name == "steps" else ""

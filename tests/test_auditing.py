@@ -588,7 +588,7 @@ def test_a_session_is_audited_with_its_settings_and_stays_as_it_is(tmp_path: Pat
 def test_a_session_that_trains_or_has_no_build_is_refused(tmp_path: Path) -> None:
     run = runs.session(tmp_path)
     for _ in run:
-        with pytest.raises(nbtrain.SessionError, match=r"'tiny' is training\. Pause it first"):
+        with pytest.raises(nbtrain.SessionError, match=r"'tiny' is training in this kernel.*Pause"):
             run.audit()
         break
     made = task()
@@ -597,3 +597,13 @@ def test_a_session_that_trains_or_has_no_build_is_refused(tmp_path: Path) -> Non
     )
     with pytest.raises(nbtrain.SessionError, match="without build"):
         own.audit()
+
+
+def test_what_a_build_returns_is_no_build(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Give the function: build, not build\(\)"):
+        nbtrain.audit(runs.build())  # type: ignore[arg-type]
+
+
+def test_what_a_build_returns_is_no_build() -> None:
+    with pytest.raises(ValueError, match=r"Give the function: build, not build\(\)"):
+        nbtrain.audit(runs.build())  # type: ignore[arg-type]

@@ -28,13 +28,12 @@ from nbtrain import (
     CheckpointError,
     DataError,
     LossError,
-    RecipeError,
     SessionError,
     StoreError,
-    TaskError,
     TrustError,
     checkpoint,
 )
+from nbtrain.errors import RecipeError, TaskError
 from nbtrain.stores import FolderStore, MemoryStore
 
 

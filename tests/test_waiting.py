@@ -506,6 +506,15 @@ def test_a_loop_of_ones_own_that_is_watched_is_held_by_a_pause_until_resume(tmp_
     assert_same_bits(bits(run), bits(alone))
 
 
+def test_the_first_interrupt_holds_a_watched_loop_too(tmp_path: Path) -> None:
+    alone = session(tmp_path / "alone").run()
+    run = session(tmp_path / "held")
+    at_forward(run, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    watched_loop(run, run.start)
+    assert run.state == "done"
+    assert_same_bits(bits(run), bits(alone))
+
+
 @pytest.mark.parametrize("end", ["stop", "interrupt", "budget"])
 def test_a_held_loop_of_ones_own_ends_by_stop_an_interrupt_and_the_clock(
     tmp_path: Path, end: str
@@ -543,3 +552,17 @@ def test_a_pause_in_a_validation_holds_a_watched_loop_too(tmp_path: Path) -> Non
     watched_loop(run, resume)
     assert held == asked and run.state == "done"
     assert_same_bits(bits(run), bits(alone))
+
+
+def test_a_rehearsal_and_an_audit_wait_for_a_pause_that_was_ordered(tmp_path: Path) -> None:
+    run = endless(tmp_path).start()
+    until(lambda: run.step > 2)
+    with pytest.raises(nbtrain.SessionError, match=r"is training in this kernel.*session\.pause"):
+        nbtrain.audit(build)
+    with pytest.raises(nbtrain.SessionError, match=r"is training in this kernel.*session\.pause"):
+        run.audit()
+    with pytest.raises(nbtrain.SessionError, match=r"is training\. Pause it first"):
+        run.rehearse()
+    run.pause()
+    assert run.audit(steps=1).ok and run.state == "paused"
+    run.stop()

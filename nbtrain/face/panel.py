@@ -134,14 +134,15 @@ class Panel:
             button.disabled = True
 
     def refresh(self, *, at_once: bool = False) -> None:
-        """Show the facts as they are now; the status line every two seconds, or when it must."""
+        """Show the facts as they are now; the numbers every two seconds, or when they must."""
         facts, now = self._session.status(), self._clock()
         told = (facts["state"], facts["reason"], facts["asked"], facts["resumed"])
         if at_once or told != self._told or now >= self._status_due:
             self._told, self._status_due = told, now + STATUS_EVERY_S
             self._status.value = markup.status(facts)
-        self._bars.value = markup.bars(facts, time.time())
-        self._saved.value = markup.saved(facts, time.time())
+            # With it, so that no two numbers are of different moments.
+            self._bars.value = markup.bars(facts, time.time())
+            self._saved.value = markup.saved(facts, time.time())
         self._alert.value = markup.alert("\n".join(filter(None, (facts["error"], self._said))))
         self._log.value = markup.log(self._session.lines[-NUM_LINES:])
         self._fields.refresh(facts, self._session.journal)
