@@ -50,7 +50,9 @@ class Shelf(Saver):
     ) -> None:
         super().__init__(name, stores, 2, budget, found, newest)
         self._lock = threading.Lock()
-        self._held = {store.place: [m for m in found if m.store is store] for store in stores}
+        # What is newer is damaged, or leans on what is; it is trained again, and goes.
+        sound = [m for m in found if newest is None or m.number <= newest.number]
+        self._held = {store.place: [m for m in sound if m.store is store] for store in stores}
         self._pinned: set[str] = set()  # ids of what a copy under way still reads
         self._unsaved: list[Snapshot] = []
         self._asked_at: dict[int, float] = {}

@@ -599,11 +599,6 @@ def test_a_session_that_trains_or_has_no_build_is_refused(tmp_path: Path) -> Non
         own.audit()
 
 
-def test_what_a_build_returns_is_no_build(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Give the function: build, not build\(\)"):
-        nbtrain.audit(runs.build())  # type: ignore[arg-type]
-
-
 def test_what_a_build_returns_is_no_build() -> None:
     with pytest.raises(ValueError, match=r"Give the function: build, not build\(\)"):
         nbtrain.audit(runs.build())  # type: ignore[arg-type]

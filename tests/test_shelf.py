@@ -208,4 +208,6 @@ def test_damaged_states_are_trained_again_to_the_same_bits(tmp_path: Path, back:
         again = population(tmp_path / "cut", **arguments).run()
     assert [str(w.message).split()[1] for w in told] == [m.id for m in found[:back]]
     assert again.state == "done"
+    left = {m.id for m in checkpoint.find([FolderStore(tmp_path / "cut")], "herd")}
+    assert not left & {m.id for m in found[:back]}, "what was damaged is gone once it is there again"
     assert_same_bits(bits(again), bits(whole))
