@@ -25,11 +25,13 @@ The map, from the call site down; a module imports only what stands below it::
     driving      how training is started, ordered about and ended
     probe        one window, trained and told as hashes
     opening      from what the user wrote to what is alive
+    replaying    a schedule of hyperparameters, trained by one session
     reading      a task's data, ready to be read
     saving       snapshots to checkpoints in the background
     checkpoint   parts to store and back: payload first, manifest last
     parts        what is alive, to a snapshot and back
-    plots        the curves; frames and scales draw them
+    plots        the curves; portrait and genealogy of a population; frames and scales draw them
+    ancestry     where a state of a population came from
     journal      the settings in force, and every change of them
     validation   mean loss and metrics, leaving training as it was
     table        what is known of a population, as rows

@@ -15,11 +15,12 @@ import torch
 from torch.utils.data import Subset
 
 from nbtrain import checkpoint, data, making, opening
+from nbtrain import space as spaces
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
 from nbtrain.evolution import Evolution
 from nbtrain.making import Maker
-from nbtrain.member import score_of
+from nbtrain.member import Interval, score_of
 from nbtrain.opening import Ground
 from nbtrain.shelf import Shelf, newest_whole
 from nbtrain.table import Key, Row, Table
@@ -30,6 +31,7 @@ FROZEN = (
     *("members", "interval", "mode", "quantile", "space", "metric", "direction"),
     *("factors", "resample", "seed"),
 )
+ENGINES = ("local",)
 WAY_OUT = "Give what it was, or give the new one another name; the checkpoints are untouched."
 
 
@@ -59,6 +61,37 @@ class Founded:
     def is_new(self) -> bool:
         """Whether nothing was found."""
         return not self.shelf.manifests()
+
+
+def evolution(arguments: dict[str, Any], engine: str) -> Evolution:
+    """Check the arguments, make them those that are stored, and return what plans the rounds.
+
+    Raises:
+        ValueError: one of them makes no sense.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is not known. Use one of: {', '.join(ENGINES)}.")
+    Interval.read(arguments["interval"])
+    metric, direction = arguments["metric"], arguments["direction"]
+    if direction is None:
+        direction = "min" if metric.endswith(("loss", "error")) else "max"
+    made = Evolution(
+        space=spaces.read(arguments["space"]),
+        members=arguments["members"],
+        seed=arguments["seed"],
+        mode=arguments["mode"],
+        quantile=arguments["quantile"],
+        factors=tuple(arguments["factors"]),
+        resample=arguments["resample"],
+        direction=direction,
+    )
+    arguments |= {
+        "space": spaces.plain(made.space),
+        "direction": direction,
+        "factors": list(made.factors),
+        "keep": 2,
+    }
+    return made
 
 
 def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Founded:

@@ -34,23 +34,33 @@ def panels(figure: Figure, title: str) -> tuple[Any, Any]:
     They are placed by hand: a layout that is computed costs as much as all the rest of a picture.
     """
     figure.set_facecolor("white")
-    top = figure.add_axes((0.095, 0.425, 0.885, 0.45), facecolor="white")
-    bottom = figure.add_axes((0.095, 0.105, 0.885, 0.195), facecolor="white")
-    for axes, label in ((top, "loss"), (bottom, "learning rate")):
-        axes.set_autoscale_on(False)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(color=FAINT, labelcolor=TEXT, labelsize=8, length=3)
-        axes.grid(visible=False)
-        axes.grid(axis="y", color=GRID, linestyle="-", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.set_ylabel(label, color=TEXT, fontsize=9)
-        axes.yaxis.set_label_coords(-0.075, 0.5)
+    top = placed(figure, (0.095, 0.425, 0.885, 0.45))
+    bottom = placed(figure, (0.095, 0.105, 0.885, 0.195))
+    for one, label in ((top, "loss"), (bottom, "learning rate")):
+        one.set_ylabel(label, color=TEXT, fontsize=9)
+        one.yaxis.set_label_coords(-0.075, 0.5)
     bottom.set_xlabel("epochs", color=TEXT, fontsize=9, labelpad=2)
-    figure.text(
-        0.012, 0.985, short(title, TITLE_LETTERS), color=TEXT, fontsize=10, weight="bold", va="top"
-    )
+    title_of(figure, title)
     return top, bottom
+
+
+def placed(figure: Figure, place: tuple[float, float, float, float]) -> Any:
+    """Return axes at a place of a figure: left, bottom, width and height as shares of it."""
+    one = figure.add_axes(place, facecolor="white")
+    one.set_autoscale_on(False)
+    one.spines[["top", "right"]].set_visible(False)
+    one.spines[["left", "bottom"]].set_color(FAINT)
+    one.tick_params(color=FAINT, labelcolor=TEXT, labelsize=8, length=3)
+    one.grid(visible=False)
+    one.grid(axis="y", color=GRID, linestyle="-", linewidth=0.7)
+    one.set_axisbelow(True)
+    return one
+
+
+def title_of(figure: Figure, title: str) -> None:
+    """Write the name of what is drawn in the upper left corner."""
+    words = short(title, TITLE_LETTERS)
+    figure.text(0.012, 0.985, words, color=TEXT, fontsize=10, weight="bold", va="top")
 
 
 def fit(axes: Any, x: Scale, y: Scale) -> None:

@@ -95,6 +95,12 @@ class Journal:
         self._edits.append((step, progress, by, {"group_lrs": list(group_lrs)}))
         self.group_lrs = list(group_lrs)
 
+    def note(self, step: int, progress: float, by: str, what: str, old: Any, new: Any) -> None:
+        """Write down a change that is no setting's, such as of the optimizer's momentum."""
+        if new != old:
+            self.entries.append(Entry(step, progress, what, old, new, by))
+            self._edits.append((step, progress, by, {"noted": [what, old, new]}))
+
     def tried(self, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what would change, and the settings then; raise ValueError where it cannot be."""
         unknown = changes.keys() - set(SETTINGS)
@@ -157,6 +163,9 @@ class Journal:
         """Make every edit again: the same settings and the same schedule, to the bit."""
         journal = cls(state["first"], state["group_lrs"])
         for step, progress, by, changes in state["edits"]:
+            if "noted" in changes:
+                journal.note(step, progress, by, *changes["noted"])
+                continue
             edit = journal.rebase if "group_lrs" in changes else journal.edit
             edit(step, progress, by, **changes)
         return journal

@@ -46,6 +46,8 @@ class Keeping:
             grade = self._live.grade
             self._place, at = self._live.place, f"{self._at} ({grade})"
             self.resumed = f"resumed at step {self._live.step} ({grade})"
+        if self._opened.replay is not None:
+            self._opened.replay.rewind(self._live.progress)
         self._lines.say(hello(self._name, self._opened.stores[-1].place, at, notes))
 
     def request(self, reason: str, valid_loss: float | None = None) -> None:

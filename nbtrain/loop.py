@@ -181,6 +181,8 @@ class Loop(Driven):
             self.keeping.heed()
         if not self._may_go_on("window") and not self._is_resumed():
             return False
+        if self._opened.replay is not None:
+            self._opened.replay.follow(self.live)
         if self.keeping.is_due(now):
             self.keeping.request("")
         return True

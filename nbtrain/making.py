@@ -51,17 +51,10 @@ class Maker:
         arguments: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self._build, self._arguments = build, arguments
+        self.build, self._arguments = build, arguments
         self.seed, self.device = arguments["seed"], device
         self.clip_norm = arguments["clip_norm"]
-        parameters = inspect.signature(build).parameters.values()
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.given = tuple(name for name in space if takes_all or name in taken)
-        self.settings = tuple(name for name in space if name not in self.given)
-        for name in self.settings:
-            if name not in SETTINGS or name in WHOLE:
-                raise ValueError(_unknown(name, taken))
+        self.given, self.settings = split(build, space)
         self._check_settings(space)
         self.split: list[Any] = []
 
@@ -92,7 +85,7 @@ class Maker:
         """Call build under its key."""
         given = {name: hyperparameters[name] for name in self.given}
         randomness.seed(self.seed, "build")
-        return task.call(partial(self._build, **given))
+        return task.call(partial(self.build, **given))
 
     def _refuse_another_split(self, built: Task) -> None:
         split = [_split(built.train), _split(built.valid)]
@@ -111,6 +104,24 @@ class Maker:
         for name in self.settings:
             for value in space[name].edges():
                 Journal(first | {name: value}, [1.0])
+
+
+def split(build: Callable[..., Any], names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which names build takes, and which are settings.
+
+    Raises:
+        ValueError: one is neither.
+    """
+    parameters = inspect.signature(build).parameters.values()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = tuple(names)
+    given = tuple(name for name in names if takes_all or name in taken)
+    settings = tuple(name for name in names if name not in given)
+    for name in settings:
+        if name not in SETTINGS or name in WHOLE:
+            raise ValueError(_unknown(name, taken))
+    return given, settings
 
 
 def options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

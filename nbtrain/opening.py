@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nbtrain import checkpoint, grades, host, parts, randomness, recipe, task
+from nbtrain import checkpoint, grades, host, parts, randomness, recipe, replaying, task
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
@@ -39,13 +39,14 @@ from nbtrain.stores import FolderStore, find_store
 
 ARGUMENTS = (
     *(name for name in SETTINGS if name != "lr"),
-    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget", "deterministic"),
+    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget", "deterministic", "replay"),
 )
 UNKNOWN_LIMIT_S = 9 * 3600.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 IMPORTED = secrets.token_hex(8)
 
 _open: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
+_newest: weakref.ref[Any] | None = None
 
 
 class Ground:
@@ -129,11 +130,16 @@ class Opened(Ground):
         clock: Callable[[], float] | None,
         arguments: dict[str, Any],
     ) -> None:
+        arguments = arguments | {"replay": replaying.read(arguments["replay"])}
         super().__init__(name, build, store, budget, started_at, device, clock, arguments, levels=3)
         randomness.seed(self.seed, "build")
-        self.task = _task(build, fields)
+        self.replay = replaying.of(build, arguments["replay"], self.seed)
+        first = self.replay.first if self.replay is not None else {}
+        self.task = _task(self.replay.built if self.replay is not None else build, fields)
         self.task.model.to(self.device)
-        read = Reading(self.task, arguments, seed=self.seed, device=self.device)
+        read = Reading(self.task, arguments | first, seed=self.seed, device=self.device)
+        if self.replay is not None:
+            self.replay.check(self.task, read.journal)
         if arguments["batch_size"] is None:
             self.arguments["batch_size"] = read.settings["batch_size"]
         self.source, self.settings, self.journal = read.source, read.settings, read.journal
@@ -190,10 +196,14 @@ class Opened(Ground):
         """
         state = found.state
         _same("The seed has changed, and with it all order.", state["seed"], self.seed)
+        there = state["arguments"].get("replay")
+        _same("The schedule to replay has changed.", there, self.arguments["replay"])
         length = len(self.source.dataset)
         if state["num_samples"] != length:
             what, there = "The training data have another length.", state["num_samples"]
             raise DataError(explain(what, checkpoint=there, session=length, way_out=parts.MISFIT))
+        if self.replay is not None:
+            self.replay.adopt(self.task.optimizer, found)
         live.put(found)
         # A stage is a stretch in one process, however often its cells are run.
         live.stage += state["kernel"] != kernel()
@@ -344,6 +354,17 @@ def refuse_while_training(what: str) -> None:
 def register(name: str, opened: Ground, loop: Any) -> None:
     """Let this be the loop of its session in this kernel."""
     _open[opened.stores[-1].place, name] = loop
+
+
+def remember(made: Any) -> None:
+    """Let this session or population be the newest of this kernel."""
+    global _newest
+    _newest = weakref.ref(made)
+
+
+def newest() -> Any:
+    """Return the session or population that was made last in this kernel, if it is alive."""
+    return _newest() if _newest is not None else None
 
 
 def claim(name: str, opened: Ground, loop: Any) -> None:

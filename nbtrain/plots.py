@@ -162,12 +162,7 @@ class Curves:
             cost_s = self._draw_s + time.thread_time() - began
             self._cost_s += (cost_s - self._cost_s) / MEAN_PICTURES
             self._draw_s = 0.0
-            # Pillow gives the interpreter's lock away, matplotlib keeps it: what follows costs nothing.
-            seen = Image.frombuffer("RGBA", self._canvas.get_width_height(), self._canvas.buffer_rgba())
-            flat = seen.convert("RGB").quantize(NUM_COLORS, Image.Quantize.FASTOCTREE)
-            file = io.BytesIO()
-            flat.save(file, "PNG")
-        return file.getvalue()
+            return packed(self._canvas)
 
     def _set(self, frame: Frame) -> None:
         for one in self._furniture:
@@ -186,6 +181,15 @@ class Curves:
         if not frame.lines[0]:
             self._furniture.append(frames.note(top, "no step yet"))
         self._frame, self._under = frame, None
+
+
+def packed(canvas: Any) -> bytes:
+    """Return the PNG of what a canvas shows, in few colours."""
+    # Pillow gives the interpreter's lock away, matplotlib keeps it: this costs the training nothing.
+    seen = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    file = io.BytesIO()
+    seen.convert("RGB").quantize(NUM_COLORS, Image.Quantize.FASTOCTREE).save(file, "PNG")
+    return file.getvalue()
 
 
 def curves(name: str, rows: Rows, journal: Journal, progress: float) -> Figure:

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from nbtrain import data, founding, opening, standing, waiting
+from nbtrain import ancestry, data, founding, host, opening, standing, waiting
 from nbtrain import space as spaces
+from nbtrain.ancestry import Schedule
 from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.errors import NbtrainWarning, SessionError
-from nbtrain.evolution import Evolution
 from nbtrain.making import Maker
-from nbtrain.member import Interval
 from nbtrain.opening import Ground
 from nbtrain.reading import DEFAULT_BATCH
 from nbtrain.rounds import Rounds
+from nbtrain.session import Session
 from nbtrain.standing import Standing
+from nbtrain.table import Row
 from nbtrain.task import Task
 from nbtrain.validation import validate
 
@@ -34,14 +34,6 @@ ARGUMENTS = (
     *founding.FROZEN,
     *(name for name in opening.ARGUMENTS if name not in (*founding.FROZEN, "keep")),
 )
-ENGINES = ("local",)
-
-_newest: weakref.ref[Population] | None = None
-
-
-def newest() -> Population | None:
-    """Return the population that was made last in this kernel, if it is alive."""
-    return _newest() if _newest is not None else None
 
 
 class Population:
@@ -73,7 +65,7 @@ class Population:
         seed: Of everything random.
         save_every: Longest time between two saves inside a slice, besides those at its end.
         engine: Where members train: "local", here in turn.
-        bar: Whether `run` shows how far it is.
+        bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
 
     Raises:
         ValueError: an argument makes no sense.
@@ -120,7 +112,7 @@ class Population:
         clock: Callable[[], float] | None = None,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k in ARGUMENTS}
-        evolution = _evolution(arguments, engine)
+        evolution = founding.evolution(arguments, engine)
         self.name = name
         self._ground = Ground(name, build, store, budget, started_at, device, clock, arguments, 2)
         self.budget = self._ground.budget
@@ -131,8 +123,9 @@ class Population:
         every_s = seconds(save_every) or math.inf
         self._rounds = Rounds(name, self._ground, self._maker, found, every_s, bar)
         opening.register(name, self._ground, self._rounds)
-        global _newest
-        _newest = weakref.ref(self)
+        self._shows = bar
+        self._face: Any = None
+        opening.remember(self)
 
     @classmethod
     def reopened(
@@ -148,7 +141,9 @@ class Population:
     def run(self) -> Population:
         """Train until all epochs are done, the budget ends, or somebody says stop; then return.
 
-        Whatever ends it, the state is saved first, and `run` again goes on from there.
+        Whatever ends it, the state is saved first, and `run` again goes on from there. In a notebook
+        the panel is shown, and acts while the cell runs; a pause only holds the training there, until
+        Resume, Stop or a second interrupt.
 
         Raises:
             DataError: the data set raised; the state before that window is saved.
@@ -165,13 +160,23 @@ class Population:
         Raises:
             SessionError: it is training already, or a newer population of this name was made.
         """
-        self._rounds.start(self._rounds.train)
+        self._rounds.start(self._train)
         return self
 
     def wait(self) -> Population:
-        """Wait for a started run to end; raises what `run` raises."""
-        waiting.wait(self._rounds, watched=False)
+        """Wait for a started run to end, showing it as `run` does; raises what `run` raises."""
+        shows = self._shows and host.is_notebook()
+        watched = shows and not self._ground.host.is_batch
+        try:
+            show = (lambda: self._faced().show(panel=watched)) if shows else None
+            waiting.wait(self._rounds, watched=watched, show=show)
+        finally:
+            if self._face is not None:
+                self._face.settle()
         return self
+
+    def _train(self) -> None:  # of this object, which lives as long as it trains
+        self._rounds.train()
 
     def pause(self) -> None:
         """Save and hold at the next boundary, also inside a slice; `run` or `start` goes on."""
@@ -223,8 +228,27 @@ class Population:
                 **row.metrics,
                 "error": row.error,
             }
-            for row in list(self._rounds.table.rows)
+            for row in self.rows
         ]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The slices that are over, as they are kept; `history` has them as dicts."""
+        return list(self._rounds.table.rows)
+
+    @property
+    def best_row(self) -> Row | None:
+        """The slice that the best state ended, if one is over."""
+        return self._rounds.now_best
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the best state was trained with, from its first slice on: (progress, hyperparameters).
+
+        Progress is in epochs; each entry is in force until the next one. It is plain JSON, and what
+        `replay` and `Session(replay=)` take; empty before the first slice is over.
+        """
+        return ancestry.schedule(self.best_row, ancestry.by_key(self.rows))
 
     @property
     def lines(self) -> list[str]:
@@ -241,6 +265,36 @@ class Population:
             SessionError: no member has ended its first slice.
         """
         return self._rounds.storing.model(self._rounds.best()).eval()
+
+    def replay(self, name: str, **changes: Any) -> Session:
+        """Return a session that trains one model from its start with the schedule of the best state.
+
+        It follows the hyperparameters of that lineage, each from its place on, and writes them into its
+        journal; its order, augmentation and first weights are its own, so its weights are not the
+        population's. `session.plot(compare=[...])` lays several over each other.
+
+        Settings (batch_size, accumulate, ...) and what `build` takes for its optimizer (lr, momentum,
+        weight_decay, ...) are replayed; what shapes the model never changed. A hyperparameter that
+        changed and acts elsewhere, such as dropout, is refused.
+
+        Args:
+            name: Of the session.
+            **changes: Arguments of `Session` that shall differ, such as epochs= or replay=.
+
+        Raises:
+            SessionError: there is no best yet, or a hyperparameter cannot be replayed.
+        """
+        self._rounds.best()
+        ground = self._ground
+        same = {k: v for k, v in ground.arguments.items() if k in opening.ARGUMENTS and k != "keep"}
+        own = {
+            "store": ground.store,
+            "device": ground.device,
+            "clock": ground.clock,
+            "bar": self._shows,
+        }
+        given = same | own | {"replay": self.schedule} | changes
+        return Session(name, self._maker.build, **given)
 
     def test(self, dataset: Any) -> dict[str, float]:
         """Return what the best model's validation would give on other data, once, at the end.
@@ -284,38 +338,50 @@ class Population:
         """Return what is known now, as plain values; times in seconds."""
         return standing.of(self.name, self._rounds, self._ground)
 
+    def panel(self) -> None:
+        """Show the panel in this cell: members, live picture, controls; shown again it is the same one.
+
+        Raises:
+            SessionError: this is no notebook.
+        """
+        if not host.is_notebook():
+            raise SessionError("A panel needs a notebook. Here there are status() and plot().")
+        self._faced().show(panel=True)
+
+    def plot(self, what: str = "scores") -> Any:
+        """Return a matplotlib Figure.
+
+        Args:
+            what: "scores": those of all members and their hyperparameters, over progress;
+                "lineage": who went on from whose state.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        rows, best, evolution = self.rows, self.best_row, self._rounds.table.evolution
+        if what == "lineage":
+            from nbtrain import genealogy
+
+            return genealogy.picture(self.name, evolution, rows, best)
+        if what != "scores":
+            raise ValueError(f'plot({what!r}) is not known. There are "scores" and "lineage".')
+        from nbtrain import portrait
+
+        metric, epochs = (self._ground.arguments[name] for name in ("metric", "epochs"))
+        return portrait.picture(self.name, evolution, metric, epochs, rows, best)
+
+    def _faced(self) -> Any:
+        if self._face is None:
+            from nbtrain.face.herd import Herd
+
+            self._face = Herd(self, self._rounds.table.evolution)
+        return self._face
+
     def __repr__(self) -> str:
         why = f" ({self.reason})" if self.reason not in ("", self.state) else ""
         best = self._rounds.now_best
         score = number(best.score) if best is not None and best.score is not None else "-"
         return (
             f"<population {self.name!r}: {self.state}{why}, {len(self._rounds.members)} members, "
-            f"round {self._rounds.now_round + 1}, best {score}>"
+            f"round {self._rounds.now_round + (not self.is_done)}, best {score}>"
         )
-
-
-def _evolution(arguments: dict[str, Any], engine: str) -> Evolution:
-    """Check the arguments, make them those that are stored, and return what plans the rounds."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r} is not known. Use one of: {', '.join(ENGINES)}.")
-    Interval.read(arguments["interval"])
-    metric, direction = arguments["metric"], arguments["direction"]
-    if direction is None:
-        direction = "min" if metric.endswith(("loss", "error")) else "max"
-    evolution = Evolution(
-        space=spaces.read(arguments["space"]),
-        members=arguments["members"],
-        seed=arguments["seed"],
-        mode=arguments["mode"],
-        quantile=arguments["quantile"],
-        factors=tuple(arguments["factors"]),
-        resample=arguments["resample"],
-        direction=direction,
-    )
-    arguments |= {
-        "space": spaces.plain(evolution.space),
-        "direction": direction,
-        "factors": list(evolution.factors),
-        "keep": 2,
-    }
-    return evolution

@@ -250,6 +250,7 @@ class Rounds(Driven):
     def _look_around(self) -> None:
         # For other threads, which must not read a table that is being written.
         self.now_round, self.now_best = self.table.round, self.table.best()
+        self.now_left = len(self.table.left)
 
     # ---- between two windows
 
@@ -303,7 +304,7 @@ class Rounds(Driven):
         saved = list(self.shelf.saved.values())[-1:]
         where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
         reason, on = "done" if self.is_done else self.reason, self._ground.way_on(self.name)
-        self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=True))
+        self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=self.is_own))
 
     @property
     def _at(self) -> str:

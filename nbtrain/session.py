@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import Any
@@ -30,13 +29,6 @@ from nbtrain.loop import Loop
 from nbtrain.opening import Opened
 from nbtrain.rehearsal import Rehearsal
 from nbtrain.task import Task
-
-_newest: weakref.ref[Session] | None = None
-
-
-def newest() -> Session | None:
-    """Return the session that was made last in this kernel, if it is alive."""
-    return _newest() if _newest is not None else None
 
 
 class Session:
@@ -67,6 +59,7 @@ class Session:
             has no other form of it; on a GPU slower. False leaves torch's switches as they are.
         keep: Checkpoints to keep besides the best, at least 2.
         save_every: Longest time between two saves, besides those at the end of each epoch.
+        replay: A schedule of hyperparameters to follow, as `Population.schedule` is one.
         bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
         clock: Monotonic seconds; for tests.
         **task: The fields of a `Task`, instead of `build`.
@@ -82,7 +75,7 @@ class Session:
     def __init__(
         self,
         name: str,
-        build: Callable[[], Task] | None = None,
+        build: Callable[..., Task] | None = None,
         *,
         store: Any = None,
         budget: str | float | None = "auto",
@@ -104,6 +97,7 @@ class Session:
         deterministic: bool = False,
         keep: int = 3,
         save_every: str | float = "5m",
+        replay: Any = None,
         bar: bool = True,
         clock: Callable[[], float] | None = None,
         **task: Any,
@@ -119,8 +113,7 @@ class Session:
         opening.register(name, opened, self._loop)
         self._shows = bar
         self._face: Any = None
-        global _newest
-        _newest = weakref.ref(self)
+        opening.remember(self)
 
     # ---- training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,16 +67,7 @@ class Standing:
     @property
     def state(self) -> str:
         """One of "ready", "training", "waiting", "failed", "ended", "done"."""
-        rows = self.rows
-        if self._rounds.active is self._member:
-            return "training" if self._rounds.state == "running" else "waiting"
-        if not rows:
-            return "ready"
-        if rows[-1].score is None:
-            return "failed"
-        if rows[-1].round < self._rounds.now_round - 1:
-            return "ended"
-        return "done" if self._rounds.is_done else "waiting"
+        return _state(self._rounds, self._member, next(reversed(self.rows), None))
 
     @property
     def model(self) -> torch.nn.Module:
@@ -107,10 +99,40 @@ class Standing:
         return f"<member {self.id}: {self.state}, score {score}, {self.hyperparameters}>"
 
 
+def _state(rounds: Rounds, member: Member, last: Row | None) -> str:
+    if rounds.active is member:
+        return "training" if rounds.state == "running" else "waiting"
+    if last is None:
+        return "ready"
+    if last.score is None:
+        return "failed"
+    if last.round < rounds.now_round - 1:
+        return "ended"
+    return "done" if rounds.is_done else "waiting"
+
+
+def _facts(rounds: Rounds, member: Member, last: Row | None) -> dict[str, Any]:
+    turn, live = member.turn, member.live  # once: the loop's thread moves on meanwhile
+    now = turn or last
+    source = now.source if now is not None else None
+    state = _state(rounds, member, last)
+    return {
+        "id": member.id,
+        "state": state,
+        "score": last.score if last is not None else None,
+        "hyperparameters": dict(now.hyperparameters) if now is not None else {},
+        "donor": source if source != member.id else None,
+        "progress": last.progress if last is not None else 0.0,
+        "loss": live.loss if live is not None and state == "training" else math.nan,
+        "error": last.error if last is not None else "",
+    }
+
+
 def of(name: str, rounds: Rounds, ground: Ground) -> dict[str, Any]:
     """Return what is known of a population, as plain values; times in seconds."""
     rows = list(rounds.table.rows)
-    best = rounds.now_best
+    newest = {row.member: row for row in rows}  # in one pass: a panel asks four times a second
+    best, active, arguments = rounds.now_best, rounds.active, ground.arguments
     return {
         "name": name,
         "kind": "population",
@@ -121,13 +143,17 @@ def of(name: str, rounds: Rounds, ground: Ground) -> dict[str, Any]:
         "resumed": rounds.resumed,
         "stage": rounds.founded.stage,
         "round": rounds.now_round,
-        "active": rounds.active.id if rounds.active is not None else None,
+        "over_in_round": sum(row.round == rounds.now_round for row in rows),
+        "left_in_round": rounds.now_left,
+        "active": active.id if active is not None else None,
         "num_slices": len(rows),
         "num_slices_in_all": rounds.num_slices,
+        "members": [_facts(rounds, member, newest.get(member.id)) for member in rounds.members],
+        "metric": arguments["metric"],
         "best_score": best.score if best is not None else None,
         "best_member": best.member if best is not None else None,
         "best_hyperparameters": dict(best.hyperparameters) if best is not None else {},
-        "arguments": dict(ground.arguments),
+        "arguments": dict(arguments),
         "travels_with_weights": sorted(rounds.table.evolution.fixed),
         "tests": list(rounds.founded.tests),
         "budget": ground.clock_words,

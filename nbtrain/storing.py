@@ -147,6 +147,10 @@ class Storing:
             "partial": partial,
             "needs": [list(needed) for needed in self._table.needs()],
         }
+        # For who lists what is stored, from manifests alone.
+        best, rows = self._table.best(), self._table.rows
+        score = best.score if best is not None else None
+        facts["population"] = [self._table.evolution.members, rows[-1].round + 1 if rows else 1, score]
         recipe = self._ground.recipe_source
         state = state | founding.identity(self._ground, self._maker, self._founded)
         number = self._shelf.next_number()

@@ -10,6 +10,9 @@ from runs import Noisy
 from torch import nn
 
 import nbtrain
+from nbtrain import space as spaces
+from nbtrain.evolution import Evolution
+from nbtrain.table import Row, Table
 
 MEMBERS, EPOCHS = 3, 3
 
@@ -95,3 +98,25 @@ def finish(folder: Path, result: Path, **changes: Any) -> None:
     found = population(folder, **changes).run()
     assert found.state == "done"
     torch.save(bits(found), result)
+
+
+def grown(
+    members: int = 4,
+    rounds: int = 3,
+    space: Any = None,
+    failed: Any = (),
+    epochs: int | None = 6,
+    **how: Any,
+) -> Table:
+    """Return a table of rounds that nobody trained: member m scores m + round, or fails."""
+    domains = spaces.read(space or {"lr": nbtrain.loguniform(1e-3, 1e-1), "units": [8, 16]})
+    table = Table(Evolution(domains, members, 0, **how), epochs)
+    for round in range(rounds):
+        for turn in table.turns(round):
+            if (round, turn.member) in failed:
+                table.add(Row.of(turn, error="LossError: nan"))
+                continue
+            end: dict[str, Any] = {"step": 10 * (round + 1), "epoch": 2 * (round + 1)}
+            score = turn.member + round / 10
+            table.add(Row.of(turn, score=score, progress=2.0 * (round + 1), **end))
+    return table

@@ -507,7 +507,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(56)
     before, numpy = flags(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
     states = [random.getstate(), torch.get_rng_state(), numpy]
-    threads, newest = threading.enumerate(), nbtrain.session.newest()
+    threads, newest = threading.enumerate(), nbtrain.opening.newest()
     found = audited(build, num_workers=2)
     assert found.losses
     assert flags() == before
@@ -518,7 +518,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         thread.join(30)  # that of a worker's queue, on its way out
         assert not thread.is_alive()
     assert not multiprocessing.active_children()
-    assert nbtrain.session.newest() is newest
+    assert nbtrain.opening.newest() is newest
     assert not list(tmp_path.iterdir())
 
 

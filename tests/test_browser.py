@@ -324,6 +324,60 @@ def see_without_kernel(page: Page) -> None:
     page.shot("lab-without-kernel-dark-700")
 
 
+TUNED = (
+    inspect.getsource(build)
+    .replace("def build()", "def build(lr=0.05, momentum=0.9)")
+    .replace("parameters(), lr=0.05, momentum=0.9", "parameters(), lr=lr, momentum=momentum")
+)
+HERD = f"""\
+import os, time
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import nbtrain
+
+{inspect.getsource(slow_loss)}
+{TUNED}
+os.environ["STORY_STEP_S"] = "0.012"
+space = {{"lr": nbtrain.loguniform(1e-3, 1e-1), "momentum": nbtrain.uniform(0.1, 0.9)}}
+population = nbtrain.Population("herd", build, members=6, interval="1 epoch", space=space,
+    quantile=0.3, epochs=8, batch_size=10, num_workers=0, device="cpu")
+"""
+
+
+def test_a_population_is_steered_in_lab(chromium: Any, lab: Server, tmp_path: Path) -> None:
+    browser.write(lab.notebooks / "herd.ipynb", HERD, "population.run()")
+    with Page(chromium, lab, "herd.ipynb", shots=tmp_path) as page:
+        page.wait_for_kernel()
+        page.run(0)
+        page.run(1)
+        see_state(page, "running")
+        page.see(re.compile("<- "))  # somebody was copied
+        page.shot("herd-running")
+        page.click("Pause")
+        see_state(page, "paused")
+        page.click("Resume")
+        see_state(page, "running")
+        page.save()
+        page.reload(width=700, theme="dark")
+        see_state(page, "running")
+        page.shot("herd-dark-700")
+        assert page.page.evaluate(OVERFLOW) == 0, "the panel is too wide for 700 pixels"
+        page.click("Stop")
+        see_state(page, "stopped")
+        page.run(1)
+        see_state(page, "done")
+        page.wait_for_cell(1)
+        page.shot("herd-done")
+        page.save()
+    lab.end_kernels()
+    with Page(chromium, lab, "herd.ipynb", shots=tmp_path) as page:
+        twin = page.cell(1).locator(".nbt-twin")
+        twin.wait_for()
+        assert "done" in twin.inner_text()
+        page.shot("herd-without-kernel")
+
+
 def test_the_classic_notebook_with_the_widgets_of_colab_steers_a_run_too(
     chromium: Any, classic: Server, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from herds import SPACE
 from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
 from runs import session
@@ -333,8 +334,9 @@ def test_audit_refuses_in_one_line_while_the_session_trains(
     for _ in run:
         said, is_well = told("%nbtrain audit")
         assert not is_well
-        assert said.startswith("SessionError: 'tiny' is training in this kernel")
-        assert said.count("\n") == 1
+        assert (
+            said.startswith("SessionError: 'tiny' is training in this kernel") and said.count("\n") == 1
+        )
         break
 
 
@@ -602,6 +604,66 @@ def test_an_interrupt_is_told_without_a_traceback(told: Any, monkeypatch: pytest
     fake = Interrupted("ready")
     monkeypatch.setattr(magics, "newest", lambda: fake)
     assert told("%nbtrain start") == ("KeyboardInterrupt\n", False)
+
+
+# ---- populations
+
+HERD = """
+import nbtrain, herds
+herd = herds.population("nbtrain-sessions")
+"""
+
+
+def test_the_words_that_a_population_knows(
+    told: Any, shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert told(HERD)[1]
+    assert "herd: ready, stage 1, new" in told("%nbtrain")[0]
+    assert told("%nbtrain history") == ("There is no slice yet.\n", True)
+    assert told("%nbtrain pause") == ("herd is ready: there is nothing to pause.\n", True)
+    assert told("%nbtrain start")[1]
+    said, _ = told("%nbtrain status")
+    assert "herd: done" in said and "9 of 9 slices" in said and "best      valid_loss" in said
+    assert len([line for line in said.splitlines() if line.endswith("done")]) == 3, "the members"
+    assert all(name in said for name in SPACE)
+    rows = told("%nbtrain history")[0].splitlines()
+    assert rows[0].split()[:5] == ["round", "member", "source", "progress", "step"]
+    assert [row.split()[0] for row in rows[1:]] == [str(n) for n in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
+    assert "population, 3 members, round 3" in told("%nbtrain list")[0]
+    shown: list[Any] = []
+    monkeypatch.setattr(magics, "display", shown.append)
+    assert told("%nbtrain plot")[1] and told("%nbtrain plot lineage")[1]
+    assert [len(figure.axes) for figure in shown] == [1 + len(SPACE), 1]
+    said, well = told("%nbtrain plot loss")
+    assert not well and 'There are "scores" and "lineage".' in said
+    assert told("%nbtrain resume") == told("%nbtrain start")
+
+
+@pytest.mark.parametrize("word", ["save", "set lr=0.1", "set"])
+def test_a_word_that_means_nothing_to_a_population_says_so_in_one_line(
+    told: Any, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert told(HERD)[1]
+    said, well = told(f"%nbtrain {word}")
+    assert not well and len(said.strip().splitlines()) == 1
+    assert f"herd is a population, for which {word.split()[0]} has no meaning" in said
+    said, well = told("%nbtrain resume budget=4h")
+    assert not well and len(said.strip().splitlines()) == 1 and "is here already" in said
+
+
+def test_a_stored_population_is_resumed_by_name(
+    told: Any, shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert told(HERD + "herd.run(); done = herd.history; del herd")[1]
+    monkeypatch.setattr(magics, "newest", lambda: None)
+    said, well = told("%nbtrain resume herd store=nbtrain-sessions trust-code")
+    assert well, said
+    found = shell.user_ns["population"]
+    assert isinstance(found, nbtrain.Population) and found.history == shell.user_ns["done"]
+    assert "herd is `population` in this notebook." in said
 
 
 # ---- places

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -576,3 +577,24 @@ def test_a_device_that_is_full_is_cleared_and_the_slice_begun_again(
 
     found = population(tmp_path, build=calling(burst)).run()
     assert_same_bits(bits(found), bits(whole))
+
+
+def test_a_population_that_nobody_holds_lives_as_long_as_it_trains(tmp_path: Path) -> None:
+    """Else its panel would say that it is gone while it trains."""
+    seen = weakref.ref(population(tmp_path).start())
+    found = seen()
+    assert found is not None and found.wait().state == "done"
+
+
+def test_plots_are_figures_of_what_is_there(tmp_path: Path) -> None:
+    found = population(tmp_path)
+    assert found.schedule == [] and found.best_row is None
+    for what in ("scores", "lineage"):
+        assert "no round yet" in [t.get_text() for t in found.plot(what).axes[0].texts]
+    found.run()
+    assert len(found.plot().axes) == 4 and len(found.plot("lineage").axes) == 1
+    assert found.schedule[-1][1] == found.status()["best_hyperparameters"]
+    with pytest.raises(ValueError, match='"scores" and "lineage"'):
+        found.plot("loss")
+    with pytest.raises(SessionError, match="A panel needs a notebook"):
+        found.panel()

@@ -74,14 +74,14 @@ def die_in_a_loss(folder: Path, log: Path, calls: int) -> None:
         return nn.functional.cross_entropy(output, target)
 
     found = population(folder)
-    made = found._maker._build
+    made = found._maker.build
 
     def build_dying(**values: Any) -> nbtrain.Task:
         task = made(**values)
         task.loss = dying
         return task
 
-    found._maker._build = build_dying
+    found._maker.build = build_dying
     found.run()
 
 

@@ -1,7 +1,7 @@
-"""The face of a session: one thread that draws the panel and its static twin, beside the training.
+"""The face of a session or a population: one thread draws panel and static twin, beside the training.
 
-It looks four times a second while the session trains, and at once where somebody clicked or typed. It
-holds its session only weakly: a panel that still stands in a page keeps no model in the memory.
+It looks four times a second while there is training, and at once where somebody clicked or typed. It
+holds what it shows only weakly: a panel that still stands in a page keeps no model in the memory.
 """
 
 from __future__ import annotations
@@ -11,36 +11,39 @@ import threading
 import time
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from IPython import get_ipython
 
 from nbtrain import plots
 from nbtrain.errors import NbtrainWarning
-from nbtrain.face.markup import Run
-from nbtrain.face.panel import Panel, in_words
-from nbtrain.face.twin import Twin
+from nbtrain.face.board import Board, in_words
+from nbtrain.face.markup import Run, Trained
+from nbtrain.face.panel import Panel
+from nbtrain.face.twin import Outputs, Twin
 
 TICK_S = 0.25
 IDLE_S = 1.0  # between two looks at whether it trains again
 EXIT_PATIENCE_S = 5.0  # for a picture that is being drawn
 TWIN_EVERY_S = 30.0  # a picture in the saved notebook; short epochs must not draw without end
-GONE = "This session is no longer in this kernel. Run its cell again, or nbtrain.resume({!r})."
+GONE = (
+    "What this panel steers is no longer in this kernel. Run its cell again, or nbtrain.resume({!r})."
+)
 
 
-class Face:
-    """What a notebook shows of a session.
+class Drawn(ABC):
+    """What a notebook shows of a session or a population.
 
     Args:
         session: Is drawn, and takes the orders.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, session: Run, clock: Callable[[], float] = time.monotonic) -> None:
-        self._session: Run = weakref.proxy(session)
+    def __init__(self, session: Trained, clock: Callable[[], float]) -> None:
+        self._session: Trained = weakref.proxy(session)
         self._name, self._clock = session.name, clock
-        self._curves = plots.Curves(session.name)
-        self._twin = Twin(self._session, self._curves)
+        self._twin = self._new_twin()
         self._touched = threading.Event()
         self._is_over = False
         self._drawing = threading.RLock()
@@ -48,8 +51,16 @@ class Face:
         self._shown: tuple[object, bool] | None = None
         self._twin_due = 0.0
         self._state = self._last_problem = ""
-        self.panel: Panel | None = None
+        self.panel: Board | None = None
         self.problem = ""
+
+    @abstractmethod
+    def _new_twin(self) -> Outputs:
+        """Make what stays without a kernel."""
+
+    @abstractmethod
+    def _new_panel(self) -> Board:
+        """Make what acts."""
 
     def show(self, *, panel: bool) -> None:
         """Show panel and twin in the cell that runs, or the twin alone; once in a cell.
@@ -64,7 +75,7 @@ class Face:
             try:
                 if panel and (before is None or not before[1]):
                     if self.panel is None:
-                        self.panel = Panel(self._session, self._curves, self._touched, self._clock)
+                        self.panel = self._new_panel()
                     self.panel.show()
                 if before is None:
                     self._twin.show()
@@ -143,6 +154,27 @@ class Face:
         if self.problem:
             problem, self.problem = self.problem, ""
             warnings.warn(f"Not all was drawn: {problem}", NbtrainWarning, stacklevel=4)
+
+
+class Face(Drawn):
+    """What a notebook shows of a session.
+
+    Args:
+        session: Is drawn, and takes the orders.
+        clock: Monotonic seconds.
+    """
+
+    _session: Run
+
+    def __init__(self, session: Run, clock: Callable[[], float] = time.monotonic) -> None:
+        self._curves = plots.Curves(session.name)
+        super().__init__(session, clock)
+
+    def _new_twin(self) -> Outputs:
+        return Twin(self._session, self._curves)
+
+    def _new_panel(self) -> Board:
+        return Panel(self._session, self._curves, self._touched, self._clock)
 
 
 def _cell() -> object:

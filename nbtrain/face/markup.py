@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Protocol
 
@@ -82,29 +82,39 @@ STYLE = f"""<style>
 </style>"""
 
 
-class Run(Protocol):
-    """A session, as far as its face knows it."""
+class Trained(Protocol):
+    """A session or a population, as far as a face knows it."""
 
     @property
     def name(self) -> str: ...
     @property
     def state(self) -> str: ...
     @property
-    def history(self) -> History: ...
-    @property
-    def journal(self) -> Journal: ...
-    @property
     def lines(self) -> list[str]: ...
     def status(self) -> dict[str, Any]: ...
     def start(self) -> Any: ...
     def pause(self) -> None: ...
-    def save(self) -> None: ...
     def stop(self) -> None: ...
+
+
+class Run(Trained, Protocol):
+    """A session."""
+
+    @property
+    def history(self) -> History: ...
+    @property
+    def journal(self) -> Journal: ...
+    def save(self) -> None: ...
     def set(self, **changes: Any) -> None: ...
 
 
 def status(facts: Facts) -> str:
-    """Say how the run is, in two lines that a screen reader is told of."""
+    """Say how a session is, in two lines that a screen reader is told of."""
+    return headed(facts, _numbers(facts))
+
+
+def headed(facts: Facts, numbers: str) -> str:
+    """Say state, name and stage, and below them some numbers."""
     state = facts["state"]
     asked = ASKED.get(facts["asked"], "")
     head = [
@@ -117,7 +127,7 @@ def status(facts: Facts) -> str:
         '<div class="nbt" role="status" aria-live="polite"><div>'
         f'<span class="nbt-state"><span aria-hidden="true">{SIGNS.get(state, "")}</span> '
         f"{escape(state_words(facts))}</span> {' '.join(head)}</div>"
-        f'<div class="nbt-numbers">{_numbers(facts)}</div></div>'
+        f'<div class="nbt-numbers">{numbers}</div></div>'
     )
 
 
@@ -158,14 +168,19 @@ def bars(facts: Facts, now_s: float) -> str:
     speed = facts["samples_per_s"] if facts["state"] == "running" else 0.0
     left = f", {words((total - seen) / speed)} left" if speed else ""
     rows = [
-        _bar("epoch", seen / max(total, 1), f"{seen:,} of {total:,} samples{left}"),
-        _bar(
+        bar("epoch", seen / max(total, 1), f"{seen:,} of {total:,} samples{left}"),
+        bar(
             "run",
             facts["progress"] / facts["epochs"] if facts["epochs"] else 0.0,
             _ending(facts),
         ),
-        _budget(facts, now_s),
     ]
+    return grid(facts, rows, now_s)
+
+
+def grid(facts: Facts, bars: Sequence[str], now_s: float) -> str:
+    """Put bars under each other, that of the budget the last."""
+    rows = [*bars, _budget(facts, now_s)]
     if facts["state"] == "running":
         rows.append(
             f'<div class="nbt-silent">No news for {SILENCE_S} s: the kernel is busy or gone, '
@@ -175,7 +190,8 @@ def bars(facts: Facts, now_s: float) -> str:
     return f'<div class="nbt nbt-small nbt-bars" data-beat="{beat}">{"".join(rows)}</div>'
 
 
-def _bar(label: str, share: float, text: str, marks: str = "") -> str:
+def bar(label: str, share: float, text: str, marks: str = "") -> str:
+    """Draw one bar, with its name and what it says."""
     percent = 100 * min(max(share, 0.0), 1.0)
     return (
         f'<span>{label}</span><div class="nbt-bar" role="progressbar" aria-label="{label}" '
@@ -203,7 +219,7 @@ def _ending(facts: Facts) -> str:
 def _budget(facts: Facts, now_s: float) -> str:
     limit_s, left_s, reserve_s = (facts[k] for k in ("budget_limit_s", "budget_left_s", "reserve_s"))
     if limit_s is None or math.isinf(left_s):
-        return _bar("budget", 0.0, "no limit: nothing stops it in time")
+        return bar("budget", 0.0, "no limit: nothing stops it in time")
     reserve = 100 * min(reserve_s / limit_s, 1.0)
     marks = (
         f'<i class="nbt-reserve" style="width: {reserve:.2f}%"></i>'
@@ -212,7 +228,7 @@ def _budget(facts: Facts, now_s: float) -> str:
     stop_s = left_s - reserve_s
     when = f"stops at {moment(now_s + stop_s, now_s)}" if stop_s > 0 else "only the reserve is left"
     text = f"{words(left_s)} left, {when}, reserve {words(reserve_s)}"
-    return _bar("budget", 1 - left_s / limit_s, text, marks)
+    return bar("budget", 1 - left_s / limit_s, text, marks)
 
 
 def moment(at_s: float, now_s: float) -> str:
@@ -222,9 +238,15 @@ def moment(at_s: float, now_s: float) -> str:
     return time.strftime("%H:%M %Z" if is_today else "%a %H:%M %Z", at).strip()
 
 
-def saved(facts: Facts, now_s: float) -> str:
-    """Say where the last checkpoint is in each place: how safe, how old, how large."""
-    places = [saved_words(place, now_s) for place in facts["saved"]]
+def saved(facts: Facts, now_s: float, *, steps: bool = True) -> str:
+    """Say where the last checkpoint is in each place: how safe, how old, how large.
+
+    Args:
+        facts: Of the session or population.
+        now_s: `time.time()`.
+        steps: Whether its step is told: a population's is one member's.
+    """
+    places = [saved_words(place, now_s, steps=steps) for place in facts["saved"]]
     pending = facts["pending_bytes"]
     if pending:
         places.append(f"{size(pending)} are not yet in {facts['store']}")
@@ -232,10 +254,11 @@ def saved(facts: Facts, now_s: float) -> str:
     return f'<div class="nbt nbt-small"><span class="nbt-dim">Checkpoint:</span> {text}</div>'
 
 
-def saved_words(place: Facts, now_s: float) -> str:
+def saved_words(place: Facts, now_s: float, *, steps: bool = True) -> str:
     """Say in one line what one place holds."""
     age = words(now_s - place["at"])
-    what = f"step {place['step']:,}, {size(place['num_bytes'])}, {age} ago, in {place['place']}"
+    step = f"step {place['step']:,}, " if steps else ""
+    what = f"{step}{size(place['num_bytes'])}, {age} ago, in {place['place']}"
     return f"{what} ({DEGREES.get(place['degree'], place['degree'])})"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -31,18 +32,20 @@ Row = tuple[str, list[str]]
 WIDTH_PX = 700
 
 
-class Twin:
-    """The outputs of one session, shown in any number of cells and the same in all of them.
+class Outputs(ABC):
+    """Two outputs, a picture and a table, shown in any number of cells and the same in all of them."""
 
-    Args:
-        session: What is told.
-        curves: Draws the picture.
-    """
-
-    def __init__(self, session: Run, curves: plots.Curves) -> None:
-        self._session, self._curves = session, curves
+    def __init__(self) -> None:
         self._ids = [f"nbtrain-{kind}-{uuid.uuid4().hex}" for kind in ("picture", "table")]
         self._told: object = None
+
+    @abstractmethod
+    def news(self) -> object:
+        """Return what is other when there is something to tell."""
+
+    @abstractmethod
+    def outputs(self) -> list[dict[str, Any]]:
+        """Return the picture and the table, each as a bundle of MIME types."""
 
     def show(self) -> None:
         """Show both in the cell that runs."""
@@ -55,30 +58,49 @@ class Twin:
     @property
     def is_stale(self) -> bool:
         """Whether there is something to tell: another state, or another checkpoint."""
-        return self._news() != self._told
+        return self.news() != self._told
 
     def _send(self, *, update: bool) -> None:
-        self._told = self._news()
+        self._told = self.news()
         for id, output in zip(self._ids, self.outputs(), strict=True):
             metadata = {"image/png": {"width": WIDTH_PX}} if "image/png" in output else {}
             display(output, metadata=metadata, raw=True, display_id=id, update=update)  # type: ignore[no-untyped-call]
 
-    def _news(self) -> object:
+
+class Twin(Outputs):
+    """The outputs of one session.
+
+    Args:
+        session: What is told.
+        curves: Draws the picture.
+    """
+
+    def __init__(self, session: Run, curves: plots.Curves) -> None:
+        super().__init__()
+        self._session, self._curves = session, curves
+
+    def news(self) -> object:
+        """Return state and checkpoints, and the step where it does not change all the time."""
         facts = self._session.status()
-        runs = facts["state"] == "running"  # then only what is saved is told
-        saved = [(s["place"], s["step"], s["at"], s["degree"]) for s in facts["saved"]]
-        return facts["state"], facts["reason"], None if runs else facts["step"], saved, facts["error"]
+        return news(facts, facts["step"])
 
     def outputs(self) -> list[dict[str, Any]]:
-        """Return the picture and the table, each as a bundle of MIME types."""
+        """Return the curves, and what is known of the session."""
         session, facts = self._session, self._session.status()
         arrays, epochs = session.history.arrays(), list(session.history.epochs)
         self._curves.draw(arrays, epochs, session.journal, facts["progress"])
         told = rows(facts, session, arrays)
         return [
             {"image/png": self._curves.png(), "text/plain": plots.words(arrays, epochs)},
-            {"text/html": _html(facts, told), "text/plain": _text(facts, told)},
+            bundle(facts, told),
         ]
+
+
+def news(facts: Facts, place: object) -> object:
+    """Return what a twin tells at once: the state, what is saved, and the place where it rests."""
+    runs = facts["state"] == "running"  # then only what is saved is told
+    saved = [(s["place"], s["step"], s["at"], s["degree"]) for s in facts["saved"]]
+    return facts["state"], facts["reason"], None if runs else place, saved, facts["error"]
 
 
 def rows(facts: Facts, session: Run, arrays: plots.Columns) -> list[Row]:
@@ -86,7 +108,7 @@ def rows(facts: Facts, session: Run, arrays: plots.Columns) -> list[Row]:
     settings = facts["settings"]
     in_force = [f"{name} {settings[name]}" for name in SETTINGS if settings[name] is not None]
     told = [
-        ("state", [_state(facts), *filter(None, [facts["error"]])]),
+        ("state", [state(facts), *filter(None, [facts["error"]])]),
         ("epoch", [markup.epochs_words(facts)]),
         ("step", [f"{facts['step']:,}"]),
         ("loss", [number(facts["loss"])]),
@@ -95,15 +117,16 @@ def rows(facts: Facts, session: Run, arrays: plots.Columns) -> list[Row]:
         ("settings", [", ".join(in_force)]),
         ("changed", _changes(session)),
         ("stages", _stages(arrays)),
-        ("saved", [_saved(place) for place in facts["saved"]]),
+        ("saved", [saved(place) for place in facts["saved"]]),
         ("recipe", [facts["recipe"]]),
         ("goes on with", [] if facts["state"] == "done" else [facts["goes_on"]]),
-        ("written", [_moment(time.time())]),
+        ("written", [moment(time.time())]),
     ]
     return [(name, lines) for name, lines in told if lines]
 
 
-def _state(facts: Facts) -> str:
+def state(facts: Facts) -> str:
+    """Say the state as it may stand in a saved page."""
     # No later word may reach this output: a page that was reloaded drops them.
     was = "was running when this was written"
     return was if facts["state"] == "running" else markup.state_words(facts)
@@ -142,13 +165,22 @@ def _stages(arrays: plots.Columns) -> list[str]:
     return told
 
 
-def _saved(place: Facts) -> str:
-    at, num_bytes = _moment(place["at"]), size(place["num_bytes"])
-    return f"step {place['step']:,}, {num_bytes}, {at}, in {place['place']} ({place['degree']})"
+def saved(place: Facts, *, steps: bool = True) -> str:
+    """Say what one place holds, as it may stand in a saved page."""
+    at, num_bytes = moment(place["at"]), size(place["num_bytes"])
+    step = f"step {place['step']:,}, " if steps else ""
+    return f"{step}{num_bytes}, {at}, in {place['place']} ({place['degree']})"
 
 
-def _moment(at_s: float) -> str:
+def moment(at_s: float) -> str:
+    """Write a date, a time and its zone."""
     return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at_s)).strip()
+
+
+def bundle(facts: Facts, told: list[Row], below: str = "", text: str = "") -> dict[str, Any]:
+    """Return a table as a bundle of MIME types, with something more below it."""
+    page, plain = _html(facts, told), _text(facts, told)
+    return {"text/html": page + below, "text/plain": "\n".join(filter(None, (plain, text)))}
 
 
 def _html(facts: Facts, told: list[Row]) -> str:

@@ -1,8 +1,8 @@
 """`%nbtrain`: words for a notebook, each a line over what a session does; `%nbtrain help` has them all.
 
-They speak to the newest session of the kernel. Loading them imports no torch: a word that needs it
-imports it. What is wrong is told in one block, as an error of the cell and so of a batch job too, but
-without a traceback, unless the user's own code raised.
+They speak to the newest session or population of the kernel. Loading them imports no torch: a word that
+needs it imports it. What is wrong is told in one block, as an error of the cell and so of a batch job
+too, but without a traceback, unless the user's own code raised.
 """
 
 # The decorators of IPython have no types.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
@@ -34,12 +34,17 @@ from nbtrain.magics.said import WORDS, Said, read
 from nbtrain.schedule import DECAYS, WARMUPS
 
 if TYPE_CHECKING:
+    from nbtrain.population import Population
     from nbtrain.session import Session
+
+    Trained: TypeAlias = Session | Population
 
 NO_SESSION = (
     'There is no session in this kernel. Make one, session = nbtrain.Session("name", build), '
     "or go on with a stored one: %nbtrain resume NAME. %nbtrain list shows those."
 )
+# What all the others do is done to a single session.
+FOR_POPULATIONS = ("status", "start", "resume", "pause", "stop", "panel", "plot", "history", "list")
 ORDERED = {
     "pause": "pauses after this window, and saves. %nbtrain resume goes on",
     "save": "saves after this window",
@@ -93,6 +98,7 @@ class NbtrainMagics(Magics):
         %nbtrain rehearse           try out, in a fresh process, whether a fresh kernel would go on
         %nbtrain panel              the panel, here
         %nbtrain plot [NAME ...]    the curves, with those of other sessions of this notebook over them
+        %nbtrain plot lineage       of a population: who went on from whose state
         %nbtrain history            the last epochs, and the last step
         %nbtrain list               the sessions found in every place
         %nbtrain audit [STEPS]      train the first steps several times and compare all bits: is this
@@ -117,7 +123,7 @@ class NbtrainMagics(Magics):
                 "stop": _order,
                 "set": _set,
                 "rehearse": _rehearse,
-                "panel": lambda said: _session().panel(),
+                "panel": lambda said: _trained().panel(),
                 "plot": self._plot,
                 "history": lambda said: print(_history()),
                 "list": lambda said: print(_list(said)),
@@ -129,16 +135,17 @@ class NbtrainMagics(Magics):
                 near = difflib.get_close_matches(said.word, WORDS, 1)
                 hint = f"Did you mean %nbtrain {near[0]}?" if near else "%nbtrain help has them all."
                 raise UsageError(f"There is no word {said.word!r}. {hint}")
+            _refuse_for_populations(said.word)
             acts[said.word](said)
 
     def _start(self, said: Said) -> None:
-        name, session = said.name(), newest()
-        if name and self._build is not None:
+        name, trained = said.name(), newest()
+        if name and self._build is not None and not (trained and _is_herd(trained, name)):
             from nbtrain.session import Session
 
-            session = Session(name, self._build, **said.values)
-            self._give(session)
-        elif name and (session is None or session.name != name):
+            trained = Session(name, self._build, **said.values)
+            self._give(trained)
+        elif name and (trained is None or trained.name != name):
             raise UsageError(
                 f"There is no recipe for {name!r}. Write %%nbtrain recipe above the cell that defines "
                 f"build and run it, or go on with a stored session: %nbtrain resume {name}."
@@ -148,34 +155,36 @@ class NbtrainMagics(Magics):
                 "start takes settings only for a new session: %nbtrain start NAME epochs=20. "
                 "Those of a session that is there are changed by %nbtrain set."
             )
-        _train(session or _session(), said)
+        _train(trained or _trained(), said)
 
     def _resume(self, said: Said) -> None:
-        name, session = said.name(), newest()
-        is_here = session is not None and name in ("", session.name)
-        if session is not None and is_here and not {"store", "at_least"} & said.values.keys():
-            changes = {key: value for key, value in said.values.items() if key != "trust_code"}
+        name, trained = said.name(), newest()
+        is_here = trained is not None and name in ("", trained.name)
+        changes = {key: value for key, value in said.values.items() if key != "trust_code"}
+        if trained is not None and is_here and not {"store", "at_least"} & changes.keys():
+            if changes and _is_herd(trained):
+                raise UsageError(
+                    f"{trained.name} is here already: what it was made with is changed by making it "
+                    "again, with the same name."
+                )
             if changes:
-                session.set(**changes)
+                trained.set(**changes)
         else:
-            from nbtrain.population import Population
             from nbtrain.resuming import resume
 
             try:
-                found = resume(name or None, **said.values)
+                trained = resume(name or None, **said.values)
             except TrustError as error:
                 error.add_note(f"Or: %nbtrain {said.line} trust-code")
                 raise
-            if isinstance(found, Population):
-                raise UsageError(
-                    f"{found.name!r} is a population, which these words do not know. In a cell: "
-                    f"population = nbtrain.resume({found.name!r}, trust_code=True); population.run()"
-                )
-            session = found
-            self._give(session)
-        _train(session, said)
+            self._give(trained)
+        _train(trained, said)
 
     def _plot(self, said: Said) -> None:
+        trained = _trained()
+        if _is_herd(trained):
+            display(trained.plot(said.name() or "scores"))
+            return
         from nbtrain.session import Session
 
         held = {name: x for name, x in self._shell.user_ns.items() if isinstance(x, Session)}
@@ -185,9 +194,8 @@ class NbtrainMagics(Magics):
             if name not in known:
                 there = ", ".join(known) or "none"
                 raise UsageError(f"There is no session {name!r} in this notebook. There is: {there}.")
-        session = _session()
-        others = [known[name] for name in said.names if known[name] is not session]
-        display(session.plot(compare=others) if others else session.plot())
+        others = [known[name] for name in said.names if known[name] is not trained]
+        display(trained.plot(compare=others) if others else trained.plot())
 
     def _audit(self, said: Said) -> None:
         text, session = said.name() or "4", newest()
@@ -203,10 +211,11 @@ class NbtrainMagics(Magics):
 
         audit(build, int(text))
 
-    def _give(self, session: Session) -> None:
-        """Let the user's code have the session, under a name that takes nothing away."""
-        longer = "session_" + re.sub(r"\W", "_", session.name)
-        names = chain(("session", longer), (f"{longer}_{number}" for number in count(2)))
+    def _give(self, session: Trained) -> None:
+        """Let the user's code have it, under a name that takes nothing away."""
+        short = "population" if _is_herd(session) else "session"
+        longer = f"{short}_" + re.sub(r"\W", "_", session.name)
+        names = chain((short, longer), (f"{longer}_{number}" for number in count(2)))
         held = self._shell.user_ns
         free = (n for n in names if n not in held or _is_older(held[n], session))
         name = next(free)
@@ -234,24 +243,39 @@ class NbtrainMagics(Magics):
         print(telling.recipe(kept, made))
 
 
-def newest() -> Session | None:
-    """Return the session that is meant, if there is one; to find none needs no torch."""
-    room = sys.modules.get("nbtrain.session")
+def newest() -> Any:
+    """Return the session or population that is meant, if there is one; to find none needs no torch."""
+    room = sys.modules.get("nbtrain.opening")
     return None if room is None else room.newest()
 
 
-def _is_older(value: Any, session: Session) -> bool:
+def _is_older(value: Any, session: Trained) -> bool:
     return isinstance(value, type(session)) and value.name == session.name
 
 
-def _session() -> Session:
-    session = newest()
-    if session is None:
+def _is_herd(trained: Any, name: str = "") -> bool:
+    """Tell whether it is a population, of this name if one is given."""
+    room = sys.modules.get("nbtrain.population")
+    return room is not None and isinstance(trained, room.Population) and name in ("", trained.name)
+
+
+def _refuse_for_populations(word: str) -> None:
+    trained = newest()
+    if word not in (*FOR_POPULATIONS, "help") and _is_herd(trained):
+        raise UsageError(
+            f"{trained.name} is a population, for which {word} has no meaning. "
+            f"It knows: {', '.join(FOR_POPULATIONS)}."
+        )
+
+
+def _trained() -> Any:
+    trained = newest()
+    if trained is None:
         raise UsageError(NO_SESSION)
-    return session
+    return trained
 
 
-def _train(session: Session, said: Said) -> None:
+def _train(session: Trained, said: Said) -> None:
     if said.in_background:
         session.start()
         print(f"{session.name} trains, and the kernel is free. %nbtrain tells how it stands.")
@@ -262,12 +286,12 @@ def _train(session: Session, said: Said) -> None:
 
 
 def _order(said: Said) -> None:
-    session = _session()
+    session = _trained()
     trains, holds = session.state == "running", session.state == "paused"
     if not trains and said.word != "save" and not (said.word == "stop" and holds):
         print(f"{session.name} is {session.state}: there is nothing to {said.word}.")
         return
-    {"pause": session.pause, "save": session.save, "stop": session.stop}[said.word]()
+    getattr(session, said.word)()
     if trains:
         print(f"{session.name} {ORDERED[said.word]}.")
     else:
@@ -275,7 +299,7 @@ def _order(said: Said) -> None:
 
 
 def _set(said: Said) -> None:
-    session = _session()
+    session = _trained()
     if not said.values:
         print(telling.settings(session.status()["settings"]))
         return
@@ -284,20 +308,25 @@ def _set(said: Said) -> None:
 
 
 def _rehearse(said: Said) -> None:
-    session = _session()
+    session = _trained()
     found = session.rehearse()
     if not session._shows:  # else it has said so itself
         print(found.text)
 
 
 def _status() -> str:
-    session = newest()
-    return NO_SESSION if session is None else telling.status(session.status())
+    trained = newest()
+    if trained is None:
+        return NO_SESSION
+    tell = telling.population if _is_herd(trained) else telling.status
+    return tell(trained.status())
 
 
 def _history() -> str:
-    history = _session().history
-    return telling.history(history.epochs, history.last)
+    trained = _trained()
+    if _is_herd(trained):
+        return telling.slices(trained.history)
+    return telling.history(trained.history.epochs, trained.history.last)
 
 
 def _list(said: Said) -> str:
@@ -305,13 +334,12 @@ def _list(said: Said) -> str:
         raise UsageError("list takes a place and nothing else: %nbtrain list store=PLACE")
     found, problems = listing.sessions(**said.values)
     told = [telling.sessions(found)] if found else []
-    session = newest()
-    if session is not None and not said.values:
-        place = session.status()["store"]
-        if (session.name, place) not in {(row.name, row.place) for row in found}:
-            told.append(
-                f"In this kernel: {session.name}, at step {session.step}; it is kept in {place}."
-            )
+    trained = newest()
+    if trained is not None and not said.values:
+        now = trained.status()
+        if (trained.name, now["store"]) not in {(row.name, row.place) for row in found}:
+            at = f"in round {now['round'] + 1}" if _is_herd(trained) else f"at step {now['step']}"
+            told.append(f"In this kernel: {trained.name}, {at}; it is kept in {now['store']}.")
     return "\n".join([*(told or ["There is no session."]), *problems])
 
 

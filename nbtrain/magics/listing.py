@@ -1,4 +1,4 @@
-"""The sessions found in every place, told from their manifests alone.
+"""The sessions and populations found in every place, told from their manifests alone.
 
 Nothing is written, no payload is read, and nobody is asked for their Drive: a place that cannot be
 searched is a problem told beside what the others hold. One row is a session in one place, so a session
@@ -7,10 +7,11 @@ that was copied has two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nbtrain import host
 from nbtrain.errors import NbtrainError
@@ -30,8 +31,9 @@ class Found:
     progress: float  # in epochs
     stage: int
     saved_at: float | None  # time.time() of the commit, None where the manifest has none
-    best: float | None  # lowest validation loss kept there
+    best: float | None  # lowest validation loss kept there; a population's best score
     num_bytes: int  # of all checkpoints there
+    kind: str = "session"  # or "population, 10 members, round 3"
 
 
 def sessions(store: str | None = None, here: Host | None = None) -> tuple[list[Found], list[str]]:
@@ -60,6 +62,7 @@ def sessions(store: str | None = None, here: Host | None = None) -> tuple[list[F
             if not manifests:  # what looks like one is not ours, and was named in a warning
                 continue
             facts, best = manifests[0].facts, checkpoint.best_of(manifests)
+            score = facts["population"][2] if "population" in facts else None
             found.append(
                 Found(
                     name=name,
@@ -68,11 +71,19 @@ def sessions(store: str | None = None, here: Host | None = None) -> tuple[list[F
                     progress=facts["progress"],
                     stage=facts["stage"],
                     saved_at=facts.get("at"),
-                    best=None if best is None else best.facts["valid_loss"],
+                    best=score if best is None else best.facts["valid_loss"],
                     num_bytes=sum(manifest.num_bytes for manifest in manifests),
+                    kind=_kind(facts),
                 )
             )
     return sorted(found, key=lambda row: row.name), problems
+
+
+def _kind(facts: Mapping[str, Any]) -> str:
+    if "needs" not in facts:
+        return "session"
+    members, round, _ = facts.get("population", ("?", "?", None))
+    return f"population, {members} members, round {round}"
 
 
 def names_nearby(here: Host | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a session is and what is stored, in plain text for a cell that can show nothing better."""
+"""What a session or population is and what is stored, in plain text for a cell that shows no better."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ def status(now: dict[str, Any]) -> str:
     why = "" if now["reason"] in OBVIOUS else f" ({now['reason']})"
     asked = f", {now['asked']} asked for" if now["asked"] else ""
     of = f" of {now['epochs']}" if now["epochs"] else ""
-    budget = f"{now['budget']}; {words(now['budget_left_s'])} left"
-    if now["budget_limit_s"] is not None:
-        budget += f", {words(now['reserve_s'])} of it kept for the last save"
     lines = {
         "place": f"epoch {now['progress']:.2f}{of}, step {now['step']}",
         "seen": f"loss {number(now['loss'])}, lr {now['lr']:.4g}, {now['samples_per_s']:.0f} samples/s",
         "settings": settings(now["settings"]),
-        "budget": budget,
+        "budget": _budget(now),
         "saved": saved(now),
         "recipe": now["recipe"],
         "error": now["error"],
@@ -39,14 +36,60 @@ def status(now: dict[str, Any]) -> str:
     )
 
 
+def population(now: dict[str, Any]) -> str:
+    """Return what `Population.status` gave, as a few lines and one for each member."""
+    from nbtrain.bar import number
+
+    why = "" if now["reason"] in OBVIOUS else f" ({now['reason']})"
+    asked = f", {now['asked']} asked for" if now["asked"] else ""
+    of = f" of {now['num_slices_in_all']}" if now["num_slices_in_all"] else ""
+    score = "-" if now["best_score"] is None else number(now["best_score"])
+    whose = "" if now["best_member"] is None else f" (member {now['best_member']})"
+    lines = {
+        "place": f"round {now['round'] + (now['state'] != 'done')}, {now['num_slices']}{of} slices",
+        "best": f"{now['metric']} {score}{whose}",
+        "budget": _budget(now),
+        "saved": saved(now),
+        "recipe": now["recipe"],
+        "error": now["error"],
+    }
+    members = now["members"]
+    names = [*dict.fromkeys(name for member in members for name in member["hyperparameters"])]
+    rows = [
+        [
+            member["id"],
+            member["score"],
+            *(member["hyperparameters"].get(name) for name in names),
+            "" if member["donor"] is None else f"<- {member['donor']}",
+            member["state"],
+        ]
+        for member in members
+    ]
+    return "\n".join(
+        [
+            f"{now['name']}: {now['state']}{why}{asked}, stage {now['stage']}, {now['resumed']}",
+            *(f"  {name:10}{line}" for name, line in lines.items() if line),
+            table(["member", now["metric"], *names, "from", "now"], rows),
+        ]
+    )
+
+
+def _budget(now: dict[str, Any]) -> str:
+    budget = f"{now['budget']}; {words(now['budget_left_s'])} left"
+    if now["budget_limit_s"] is not None:
+        budget += f", {words(now['reserve_s'])} of it kept for the last save"
+    return budget
+
+
 def saved(now: dict[str, Any]) -> str:
     """Say where the newest bytes are, in the place that matters most."""
     if not now["saved"]:
         return "nothing yet"
     last = now["saved"][-1]
+    step = "" if now.get("kind") == "population" else f"step {last['step']}, "  # one member's
     left = f", {size(now['pending_bytes'])} not copied yet" if now["pending_bytes"] else ""
     ago = words(time.time() - last["at"])
-    return f"step {last['step']}, {last['degree']}, {last['place']}, {ago} ago{left}"
+    return f"{step}{last['degree']}, {last['place']}, {ago} ago{left}"
 
 
 def settings(values: dict[str, Any]) -> str:
@@ -68,6 +111,15 @@ def history(epochs: list[dict[str, Any]], last: dict[str, Any] | None) -> str:
     return table(names, [[row.get(name) for name in names] for row in rows])
 
 
+def slices(rows: list[dict[str, Any]]) -> str:
+    """Return the last slices of a population, as a table."""
+    if not rows:
+        return "There is no slice yet."
+    names = [*dict.fromkeys(name for row in rows for name in row if name != "error")]
+    last = [row | {"round": row["round"] + 1} for row in rows[-2 * NUM_ROWS :]]
+    return table(names, [[row.get(name) for name in names] for row in last])
+
+
 def sessions(found: list[Found]) -> str:
     """Return what was found in all places, as a table."""
     names = ["name", "step", "epoch", "stage", "best", "size", "age", "place"]
@@ -76,6 +128,10 @@ def sessions(found: list[Found]) -> str:
         age = None if one.saved_at is None else words(time.time() - one.saved_at)
         facts = [one.step, one.progress, one.stage, one.best]
         rows.append([one.name, *facts, size(one.num_bytes), age, one.place])
+    if any(one.kind != "session" for one in found):
+        names.insert(1, "what")
+        for row, one in zip(rows, found, strict=True):
+            row.insert(1, one.kind)
     return table(names, rows)
 
 
