@@ -8,6 +8,8 @@ The map, from the call site down; a module imports only what stands below it::
     auditing     audit: does this code train reproducibly, and if not, where is the hidden randomness
     population   Population: members that train in turn, and copy the best
     standing     where one member of it stands
+    engines      the loop of a population whose members train at once, on Ray
+    tuning       tune_trainable: the same task for Ray Tune
     rounds       the loop of a population
     storing      when a population is saved
     founding     a population at its beginning: found, or new and tried out
@@ -16,7 +18,9 @@ The map, from the call site down; a module imports only what stands below it::
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
-    trial        the first steps of a run, trained for their bits alone
+     trial        the first steps of a run, trained for their bits alone
+     cluster      Ray: workers wherever there is room for them
+     worker       slices done in another process
     member       one member of a population, and its part in one round
     parking      members that wait leave a device that is full
     making       what a member is made from
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from nbtrain.resuming import resume
     from nbtrain.session import Session
     from nbtrain.task import Task
+    from nbtrain.tuning import tune_trainable
 
 __all__ = [
     "BudgetError",
@@ -95,6 +100,7 @@ __all__ = [
     "randint",
     "resume",
     "sample_rng",
+    "tune_trainable",
     "uniform",
 ]
 
@@ -103,17 +109,19 @@ __version__ = version("nbtrain")
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for: `%load_ext nbtrain` must answer at once."""
-    if name in ("Population", "Session", "Task", "audit", "resume", "sample_rng"):
+    if name in ("Population", "Session", "Task", "audit", "resume", "sample_rng", "tune_trainable"):
         from nbtrain.auditing import audit
         from nbtrain.population import Population
         from nbtrain.randomness import sample_rng
         from nbtrain.resuming import resume
         from nbtrain.session import Session
         from nbtrain.task import Task
+        from nbtrain.tuning import tune_trainable
 
         # All of them, so that a recipe finds each under this name, whichever was asked for.
         lazy = {"Population": Population, "Session": Session, "Task": Task}
         globals().update(lazy, audit=audit, resume=resume, sample_rng=sample_rng)
+        globals().update(tune_trainable=tune_trainable)
         return globals()[name]
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")

@@ -56,6 +56,11 @@ class Turn:
     changes: tuple[Change, ...] = ()
 
     @property
+    def key(self) -> tuple[int, int]:
+        """Name the slice, and the state that it ends in."""
+        return self.round, self.member
+
+    @property
     def is_exploit(self) -> bool:
         """Whether the member goes on from another one's state."""
         return self.source not in (None, self.member)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from nbtrain import checkpoint, data, making, opening
+from nbtrain import checkpoint, cluster, data, making, opening
 from nbtrain import space as spaces
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
@@ -22,7 +22,7 @@ from nbtrain.evolution import Evolution
 from nbtrain.making import Maker
 from nbtrain.member import Interval, score_of
 from nbtrain.opening import Ground
-from nbtrain.shelf import Shelf, newest_whole
+from nbtrain.shelf import Shelf, newest_whole, parts
 from nbtrain.table import Key, Row, Table
 from nbtrain.validation import validate
 
@@ -31,7 +31,7 @@ FROZEN = (
     *("members", "interval", "mode", "quantile", "space", "metric", "direction"),
     *("factors", "resample", "seed"),
 )
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 WAY_OUT = "Give what it was, or give the new one another name; the checkpoints are untouched."
 
 
@@ -43,7 +43,7 @@ class Founded:
         table: The rows, and what follows.
         shelf: Has the states.
         states: Those that it goes on from, read.
-        part: A slice that was cut, if one was.
+        parts: Of slices that were cut, as far as they had come.
         stage: The number of this stretch in one kernel.
         tests: What the test set was touched with.
         notes: In words, what is now other than it was, or worth knowing.
@@ -52,7 +52,7 @@ class Founded:
     table: Table
     shelf: Shelf
     states: dict[Key, Snapshot] = field(default_factory=dict)
-    part: Snapshot | None = None
+    parts: dict[Key, Snapshot] = field(default_factory=dict)
     stage: int = 1
     tests: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -63,14 +63,17 @@ class Founded:
         return not self.shelf.manifests()
 
 
-def evolution(arguments: dict[str, Any], engine: str) -> Evolution:
+def evolution(arguments: dict[str, Any]) -> Evolution:
     """Check the arguments, make them those that are stored, and return what plans the rounds.
 
     Raises:
         ValueError: one of them makes no sense.
+        ModuleNotFoundError: the engine's package is not installed.
     """
-    if engine not in ENGINES:
+    if (engine := arguments["engine"]) not in ENGINES:
         raise ValueError(f"engine={engine!r} is not known. Use one of: {', '.join(ENGINES)}.")
+    if engine == "ray":
+        cluster.package()  # where it is missing, nothing has been touched yet
     Interval.read(arguments["interval"])
     metric, direction = arguments["metric"], arguments["direction"]
     if direction is None:
@@ -89,6 +92,7 @@ def evolution(arguments: dict[str, Any], engine: str) -> Evolution:
         "space": spaces.plain(made.space),
         "direction": direction,
         "factors": list(made.factors),
+        "resources": cluster.check(arguments["resources"]),
         "keep": 2,
     }
     return made
@@ -123,11 +127,12 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
     notes = []
     if ground.recipe is not None and snapshot.recipe != ground.recipe.source:
         notes.append("the code of build is not what it was; the new one is used")
+    table = Table(evolution, epochs, map(Row.from_plain, state["rows"]))
     return Founded(
-        Table(evolution, epochs, map(Row.from_plain, state["rows"])),
+        table,
         Shelf(name, ground.stores, ground.budget, manifests, newest),
         states,
-        snapshot if newest.facts["partial"] else None,
+        parts(manifests, newest, {turn.key for turn in table.left}),
         # A stage is a stretch in one process, however often its cells are run.
         newest.facts["stage"] + (state["kernel"] != opening.kernel()),
         state["tests"],

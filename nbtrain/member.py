@@ -22,11 +22,12 @@ from nbtrain.journal import SETTINGS
 from nbtrain.live import Live
 from nbtrain.making import Maker
 from nbtrain.reading import Reading
-from nbtrain.table import Key
+from nbtrain.table import Key, Row
 from nbtrain.validation import validate
 
 UNITS = ("epochs", "steps")
 
+Taken = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 Proceed = Callable[[str], bool]
 Observe = Callable[[str, float], None]
 
@@ -112,6 +113,40 @@ class Member:
             read.task.model.train()
         self.live, self.read, self.turn = live, read, turn
 
+    def slice(
+        self, metric: str, proceed: Proceed, observe: Observe, clock: Callable[[], float]
+    ) -> tuple[Row, Taken] | None:
+        """Do the slice that is begun; return its row and its state, or None where `proceed` said no.
+
+        Raises:
+            DataError: the data set raised.
+            Exception: what the user's code raised, or a LossError: the member has failed.
+        """
+        if not self.train(proceed, observe, clock):
+            return None
+        began = clock()
+        metrics = self.validate(proceed)
+        if metrics is None:
+            return None
+        observe("validation", clock() - began)
+        score = score_of(metrics, metric)
+        taken = self.take()
+        assert self.live is not None and self.turn is not None
+        live, turn = self.live, self.turn
+        self.finish()
+        return (
+            Row.of(
+                turn,
+                score=score,
+                metrics={name: v if math.isfinite(v) else None for name, v in metrics.items()},
+                error="" if score is not None else f"{metric} is not finite",
+                step=live.step,
+                epoch=live.epoch,
+                progress=live.progress,
+            ),
+            taken,
+        )
+
     def train(self, proceed: Proceed, observe: Observe, clock: Callable[[], float]) -> bool:
         """Train to the slice's end; False where `proceed` said no at a boundary on the way.
 
@@ -179,7 +214,7 @@ class Member:
         self.at, self.turn = (self.turn.round, self.id), None
         self.read.close()
 
-    def take(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def take(self) -> Taken:
         """Copy all that the member is: the model's tensors, other tensors, plain values.
 
         Raises:
@@ -246,6 +281,11 @@ class Member:
         if live.is_done or (ends_epoch and epochs is not None and live.epoch + 1 >= epochs):
             return True
         return self._interval.is_over(live, self.turn.round, ends_epoch=ends_epoch)
+
+
+def why(error: Exception) -> str:
+    """Return in one line why a member has failed."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"
 
 
 def _next(read: Reading) -> tuple[int, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nbtrain import ancestry, data, founding, host, opening, standing, waiting
+from nbtrain import ancestry, data, engines, founding, host, opening, standing, waiting
 from nbtrain import space as spaces
 from nbtrain.ancestry import Schedule
 from nbtrain.bar import number
@@ -23,7 +23,6 @@ from nbtrain.errors import NbtrainWarning, SessionError
 from nbtrain.making import Maker
 from nbtrain.opening import Ground
 from nbtrain.reading import DEFAULT_BATCH
-from nbtrain.rounds import Rounds
 from nbtrain.session import Session
 from nbtrain.standing import Standing
 from nbtrain.table import Row
@@ -32,6 +31,7 @@ from nbtrain.validation import validate
 
 ARGUMENTS = (
     *founding.FROZEN,
+    *("engine", "resources"),
     *(name for name in opening.ARGUMENTS if name not in (*founding.FROZEN, "keep")),
 )
 
@@ -64,7 +64,11 @@ class Population:
             `Session`, for all members; what is in the space goes before.
         seed: Of everything random.
         save_every: Longest time between two saves inside a slice, besides those at its end.
-        engine: Where members train: "local", here in turn.
+        engine: Where members train: "local", here in turn; "ray", as many at once as a Ray cluster has
+            room for, to the same bits on the same kind of device. It computes with as many threads
+            as here: with several workers on one machine, `torch.set_num_threads(1)` is the faster.
+        resources: For "ray": Ray's options for each worker, such as {"num_cpus": 2, "num_gpus": 0.25};
+            None is 1 CPU, and 1 GPU where the cluster has some. What shares a GPU must fit on it.
         bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
 
     Raises:
@@ -74,7 +78,10 @@ class Population:
         CheckpointError: what is stored is another population, or no part of it is whole.
         SessionError: what is stored is a session; or this population trains already.
         StoreError: the place cannot be reached.
+        ModuleNotFoundError: Ray is asked for, and not installed.
     """
+
+    _face: Any = None
 
     def __init__(
         self,
@@ -108,23 +115,23 @@ class Population:
         deterministic: bool = False,
         save_every: str | float = "5m",
         engine: str = "local",
+        resources: Mapping[str, Any] | None = None,
         bar: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k in ARGUMENTS}
-        evolution = founding.evolution(arguments, engine)
-        self.name = name
+        evolution = founding.evolution(arguments)
+        self.name, self._shows = name, bar
         self._ground = Ground(name, build, store, budget, started_at, device, clock, arguments, 2)
         self.budget = self._ground.budget
         self._maker = Maker(build, evolution.space, arguments, self._ground.device)
         # First, because one that is paused saves now, and that is where to go on from.
         opening.retire(name, self._ground)
         found = founding.found(name, self._ground, self._maker, evolution)
+        made = engines.chosen(engine, arguments["resources"], device)
         every_s = seconds(save_every) or math.inf
-        self._rounds = Rounds(name, self._ground, self._maker, found, every_s, bar)
+        self._rounds = made(name, self._ground, self._maker, found, every_s, bar)
         opening.register(name, self._ground, self._rounds)
-        self._shows = bar
-        self._face: Any = None
         opening.remember(self)
 
     @classmethod

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
 
 import torch
 
@@ -26,10 +25,10 @@ from nbtrain.errors import DataError, LossError, SessionError
 from nbtrain.evolution import Turn
 from nbtrain.founding import Founded
 from nbtrain.making import Maker
-from nbtrain.member import Interval, Member, score_of
+from nbtrain.member import Interval, Member, Taken, why
 from nbtrain.opening import Ground
 from nbtrain.parking import Room
-from nbtrain.storing import Storing
+from nbtrain.storing import NOTHING, Storing
 from nbtrain.table import Row
 
 LOOK_EVERY_S = 0.25
@@ -64,8 +63,8 @@ class Rounds(Driven):
         members = range(ground.arguments["members"])
         self.members = [Member(id, maker, self.interval) for id in members]
         self.active: Member | None = None  # whose slice is under way
-        self._part = founded.part
-        self._errors: list[Exception] = []
+        self._parts = founded.parts
+        self._errors: dict[int, Exception] = {}  # of this round, by member
         self._room = Room(ground.device)
         self._look_at = 0.0
         for again in self.table.forget_failures():
@@ -113,37 +112,53 @@ class Rounds(Driven):
 
     def draw(self, bar: Bar) -> None:
         """Draw a progress line as things are now."""
-        active, best = self.active, self.now_best
-        live = active.live if active is not None else None
-        now = f"member {active.id}, loss {number(live.loss)}, " if active and live else ""
+        best, now = self.now_best, self._doing()
         score = "-" if best is None or best.score is None else number(best.score)
         metric = self._ground.arguments["metric"]
         left = words(self._budget.left_s)
         text = f"round {self.now_round + 1}, {now}best {metric} {score}, budget {left}"
         bar.put(len(self.table.rows), text)
 
+    @property
+    def busy(self) -> set[int]:
+        """The members whose slices are under way."""
+        return set() if self.active is None else {self.active.id}
+
     def leave(self) -> None:
         """Do nothing: there is no loop of the user's."""
+
+    def _doing(self) -> str:
+        active = self.active
+        live = active.live if active is not None else None
+        return f"member {active.id}, loss {number(live.loss)}, " if active and live else ""
 
     # ---- rounds and slices
 
     def _round(self, turns: list[Turn]) -> None:
-        self._hold_donors(turns)
-        for turn in turns:
-            if not self._slice(turn):
-                return
-            self.storing.heed()
+        if not self._slices(turns):
+            return
+        round = turns[0].round + 1
         if self.table.has_failed:
-            error = self._errors[0] if self._errors else LossError(self.table.rows[-1].error)
-            error.add_note(f"All members have failed in round {turn.round + 1}; this was the first.")
+            error = self._errors.get(min(self._errors, default=-1))
+            error = error or LossError(self.table.rows[-1].error)
+            error.add_note(f"All members have failed in round {round}; this was the first.")
             raise error
         best = self.now_best
         assert best is not None
         score = f"{self._ground.arguments['metric']} {number(best.score or 0.0)}"
         moves = [f"{t.member} <- {t.source}" for t in self.table.left if t.is_exploit]
-        says = f"round {turn.round + 1}: best {score} (member {best.member})"
+        says = f"round {round}: best {score} (member {best.member})"
         self.lines.say("; ".join([says, *([", ".join(moves)] if moves else [])]))
-        self._errors = []
+        self._errors = {}
+
+    def _slices(self, turns: list[Turn]) -> bool:
+        """Do the slices of a round; False where something ended the loop on the way."""
+        self._hold_donors(turns)
+        for turn in turns:
+            if not self._slice(turn):
+                return False
+            self.storing.heed()
+        return True
 
     def _hold_donors(self, turns: list[Turn]) -> None:
         """Copy each state that another member goes on from, before its own member trains on."""
@@ -162,31 +177,21 @@ class Rounds(Driven):
             if member.turn != turn:
                 self._wake(member, turn, found)
             del found
-            observe = self._budget.observe
-            if not member.train(self._proceed, observe, self._ground.clock):
+            observe, clock = self._budget.observe, self._ground.clock
+            done = member.slice(self._ground.arguments["metric"], self._proceed, observe, clock)
+            if done is None:
                 return False
-            metrics = self._validated(member)
-            if metrics is None:
-                return False
-            score = score_of(metrics, self._ground.arguments["metric"])
-            taken = member.take()
         except DataError:
             raise
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and self._make_room(member):
                 member.drop()  # the slice is begun again, which changes nothing in it
                 return self._slice(turn)
-            self._fail(turn, error)
+            self._fail(Row.of(turn, error=why(error)), error)
             return True
-        live = member.live
-        assert live is not None
-        place = {"step": live.step, "epoch": live.epoch, "progress": live.progress}
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        why = "" if score is not None else f"{self._ground.arguments['metric']} is not finite"
-        member.finish()
         if self._room.is_tight():
             member.park()  # it is the one that is needed last
-        self._close(Row.of(turn, score=score, metrics=finite, error=why, **place), taken)
+        self._close(*done)
         return True
 
     def _source(self, member: Member, turn: Turn) -> Snapshot | None:
@@ -195,8 +200,7 @@ class Rounds(Driven):
         Raises:
             CheckpointError: it cannot be read; that is no fault of the member's.
         """
-        part = self._part
-        if part is not None and (part.facts["round"], part.facts["member"]) == (turn.round, member.id):
+        if (part := self._parts.get(turn.key)) is not None:
             return part
         if turn.source is None:
             return None
@@ -220,23 +224,15 @@ class Rounds(Driven):
             member.go_on(turn)
         else:
             member.begin(turn, found, self.founded.stage)
-        self._part = None
+        self._parts.pop(turn.key, None)
 
-    def _validated(self, member: Member) -> dict[str, float] | None:
-        began = self._ground.clock()
-        metrics = member.validate(self._proceed)
-        if metrics is not None:
-            self._budget.observe("validation", self._ground.clock() - began)
-        return metrics
+    def _fail(self, row: Row, error: Exception) -> None:
+        self._errors[row.member] = error
+        self.members[row.member].drop()
+        self.lines.say(f"member {row.member} has failed in round {row.round + 1}: {row.error}")
+        self._close(row, NOTHING)
 
-    def _fail(self, turn: Turn, error: Exception) -> None:
-        self._errors.append(error)
-        self.members[turn.member].drop()
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"
-        self.lines.say(f"member {turn.member} has failed in round {turn.round + 1}: {why}")
-        self._close(Row.of(turn, error=why), ({}, {}, {}))
-
-    def _close(self, row: Row, taken: tuple[Any, Any, Any]) -> None:
+    def _close(self, row: Row, taken: Taken) -> None:
         """Note that a slice is over, and save it."""
         self.table.add(row)
         self._look_around()

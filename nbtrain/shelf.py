@@ -9,7 +9,8 @@ and it can be gone on from if all of these are whole; where one is damaged, an o
 states all are is used, and what came after it is trained again to the same bits. What is needed is
 never removed; what is not goes, oldest first, before a store holds more than twice the population.
 
-A part of a slice, saved because time was over, is a checkpoint with "partial": true; one without a
+A part of a slice, saved because time was over, is a checkpoint with "partial": true. It is there until
+the slice is over; where members train at the same time there may be several. A checkpoint without a
 member holds no state, but the rows and the recipe.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from nbtrain import checkpoint
@@ -121,6 +122,8 @@ class Shelf(Saver):
             wanted = _needs(manifest.facts)
             there = {_key(m) for m in self._held[far.place]}
             near = [m for m in self._held[self._near.place] if _key(m) in wanted - there]
+            ids = {m.id for m in self._held[far.place]}
+            near += [m for m in _open_parts(self._held[self._near.place]) if m.id not in ids]
             if manifest not in self._held[self._near.place]:
                 return  # a newer one has come meanwhile
             self._pinned = {m.id for m in [*near, manifest]}
@@ -147,7 +150,12 @@ class Shelf(Saver):
             everywhere = {_key(m) for some in self._held.values() for m in some}
             if not wanted <= everywhere:
                 return  # a save has failed: an older one may be what can be gone on from
-            kept = [m for m in held if m is newest or _key(m) in wanted or m.id in self._pinned]
+            open_parts = _open_parts(held)
+            kept = [
+                m
+                for m in held
+                if m is newest or _key(m) in wanted or m in open_parts or m.id in self._pinned
+            ]
             spare = [m for m in held if m not in kept]
             total = sum(m.num_bytes for m in held)
             # Room for the next state, and for a part of one.
@@ -230,6 +238,39 @@ def newest_whole(found: Iterable[Manifest]) -> tuple[Manifest, Snapshot, dict[Ke
             return manifest, snapshot, states
     problems = "\n  ".join(damaged.values()) or "the states that each needs are not all there."
     raise CheckpointError(f"No checkpoint is whole:\n  {problems}\nNothing was removed.")
+
+
+def parts(found: Iterable[Manifest], newest: Manifest, slices: Collection[Key]) -> dict[Key, Snapshot]:
+    """Return of these slices what was saved of each before it was cut.
+
+    Where that is damaged it is named in a warning, and the slice begins anew.
+    """
+    read: dict[Key, Snapshot] = {}
+    for manifest in _open_parts([m for m in found if m.number <= newest.number]):
+        key = manifest.facts["round"], manifest.facts["member"]
+        if key in slices and key not in read:
+            try:
+                read[key] = checkpoint.load(manifest)
+            except CheckpointError as error:
+                warnings.warn(
+                    f"The part of member {key[1]}'s slice is damaged and set aside: {error}",
+                    NbtrainWarning,
+                    stacklevel=2,
+                )
+    return read
+
+
+def _open_parts(held: Iterable[Manifest]) -> list[Manifest]:
+    """Return the newest part of each slice of which there is no end."""
+    held = [m for m in held if m.facts["member"] is not None]  # newest first
+    round = max((m.facts["round"] for m in held), default=0)
+    over = {_key(m) for m in held}
+    found: dict[Key, Manifest] = {}
+    for m in held:
+        key = m.facts["round"], m.facts["member"]
+        if m.facts["partial"] and key[0] == round and key not in over:
+            found.setdefault(key, m)
+    return list(found.values())
 
 
 def _key_of(facts: Any) -> Key | None:

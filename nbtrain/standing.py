@@ -100,7 +100,7 @@ class Standing:
 
 
 def _state(rounds: Rounds, member: Member, last: Row | None) -> str:
-    if rounds.active is member:
+    if member.id in rounds.busy:
         return "training" if rounds.state == "running" else "waiting"
     if last is None:
         return "ready"
@@ -146,6 +146,7 @@ def of(name: str, rounds: Rounds, ground: Ground) -> dict[str, Any]:
         "over_in_round": sum(row.round == rounds.now_round for row in rows),
         "left_in_round": rounds.now_left,
         "active": active.id if active is not None else None,
+        "busy": sorted(rounds.busy),
         "num_slices": len(rows),
         "num_slices_in_all": rounds.num_slices,
         "members": [_facts(rounds, member, newest.get(member.id)) for member in rounds.members],

@@ -19,11 +19,10 @@ from nbtrain.errors import NbtrainError
 from nbtrain.founding import Founded
 from nbtrain.lines import Lines
 from nbtrain.making import Maker
-from nbtrain.member import Member
+from nbtrain.member import Member, Taken
 from nbtrain.opening import Ground
 from nbtrain.table import Key, Row
 
-Taken = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 NOTHING: Taken = ({}, {}, {})
 
 
@@ -75,10 +74,16 @@ class Storing:
             LossError: what is alive is spoilt.
         """
         assert member.live is not None and member.turn is not None
-        live, key = member.live, (member.turn.round, member.turn.member)
+        live, key = member.live, member.turn.key
         if self._place != (key, live.place):
             self._request(key, member.take(), live.step, live.progress, partial=True)
             self._place = key, live.place
+
+    def part_of(self, key: Key, found: Snapshot) -> None:
+        """Save the part of a slice that was done elsewhere, and wait until it is on this machine."""
+        facts, taken = found.facts, (found.model, found.tensors, found.state)
+        self._request(key, taken, facts["step"], facts["progress"], partial=True)
+        self._shelf.wait(copies=False)
 
     def is_due(self, now: float) -> bool:
         """Whether the last save is too long ago."""

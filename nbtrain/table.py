@@ -10,6 +10,7 @@ many as there are members, never more than twice as many while a round is under 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -78,7 +79,7 @@ class Table:
     Args:
         evolution: Plans the rounds.
         epochs: Where members end, or None.
-        rows: Those there are, in the order in which they were added.
+        rows: Those there are.
     """
 
     def __init__(self, evolution: Evolution, epochs: int | None, rows: Iterable[Row] = ()) -> None:
@@ -91,9 +92,10 @@ class Table:
             self.add(row)
 
     def add(self, row: Row) -> None:
-        """Note that a slice is over."""
-        self.rows.append(row)
-        self._plain.append(row.plain())
+        """Note that a slice is over; rows stand by round and member, in whichever order they come."""
+        place = bisect(self.rows, row.key, key=lambda row: row.key)
+        self.rows.insert(place, row)
+        self._plain.insert(place, row.plain())
         self._ends.setdefault(row.round, {})[row.member] = row
 
     def turns(self, round: int) -> list[Turn]:

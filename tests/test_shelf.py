@@ -15,7 +15,7 @@ from nbtrain import checkpoint
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, StoreError
-from nbtrain.shelf import Shelf, newest_whole
+from nbtrain.shelf import Shelf, newest_whole, parts
 from nbtrain.stores import FolderStore
 from nbtrain.stores.memory import MemoryStore
 
@@ -93,6 +93,31 @@ def test_a_part_goes_with_the_next_one_or_the_end_of_its_slice() -> None:
     assert [k for k in keys(store) if k[0] == "part"] == [("part", (1, 0))]
     put(on, (1, 0), [(1, 0), *needs[1:]])
     assert not [k for k in keys(store) if k[0] == "part"]
+
+
+def test_of_several_slices_the_newest_part_of_each_is_kept_until_its_end() -> None:
+    near, far = MemoryStore(), MemoryStore()
+    far.is_remote = True
+    on = shelf(near, far)
+    rounds(on, 3, 1)
+    needs = [(0, m) for m in range(3)]
+    for member in (0, 1, 0):
+        put(on, (1, member), needs, partial=True)
+    for store in (near, far):
+        assert [k for k in keys(store) if k[0] == "part"] == [("part", (1, 0)), ("part", (1, 1))]
+        assert len(keys(store)) <= 6
+    found = checkpoint.find([near], "herd")
+    read = parts(found, found[0], {(1, 0), (1, 1), (1, 2)})
+    assert {key: part.number for key, part in read.items()} == {(1, 0): 6, (1, 1): 5}
+    assert parts(found, found[0], {(1, 1)}).keys() == {(1, 1)}
+    damage(near, found[1])
+    with pytest.warns(nbtrain.NbtrainWarning, match="The part of member 1's slice is damaged"):
+        assert parts(found, found[0], {(1, 0), (1, 1)}).keys() == {(1, 0)}
+    put(on, (1, 1), [(0, 0), (0, 2), (1, 1)])
+    assert [k for k in keys(near) if k[0] == "part"] == [("part", (1, 0))]
+    # A slice of the next round: whatever was cut before is over, also if it failed.
+    put(on, (2, 1), [(1, 1), (2, 1)])
+    assert not [k for k in keys(near) if k[0] == "part"]
 
 
 def test_the_newest_whole_set_is_gone_on_from() -> None:

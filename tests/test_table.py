@@ -64,6 +64,17 @@ def test_a_table_goes_on_from_any_of_its_rows_as_if_it_had_not_been_cut() -> Non
         assert part.left[0].changes == whole.rows[cut].changes
 
 
+def test_in_whichever_order_the_slices_of_a_round_end_the_table_is_the_same() -> None:
+    whole = table()
+    walk(whole, random.Random(1))
+    other = table()
+    for round in range(EPOCHS):
+        ends = [row for row in whole.rows if row.round == round]
+        for row in random.Random(round).sample(ends, len(ends)):
+            other.add(row)
+    assert other.rows == whole.rows and other.plain() == whole.plain() and other.is_done
+
+
 def test_rows_survive_strict_json() -> None:
     found = table()
     walk(found, random.Random(1), 0.2)
