@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import math
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from itertools import compress, groupby
 from typing import Any, NamedTuple
@@ -34,9 +33,6 @@ from nbtrain.frames import BLUE, DOTS, FAINT, GREEN, ORANGE, PURPLE, RED, WIDTH
 from nbtrain.journal import Journal
 from nbtrain.scales import Floats, Scale, smooth, thinned
 
-PERIOD_S = 2.0  # between two live pictures, at least
-COST = 200.0  # and at least so many times what they cost: their time with the interpreter's lock
-MEAN_PICTURES = 8  # they cost the running mean of so many: one with new axes costs like several
 ENDLESS_EPOCHS = 1.0  # how far ahead is planned where a run has no end
 PLAN_POINTS = 240
 SIZE_IN, DPI = (7.0, 4.4), 140.0  # to be shown 700 pixels wide, and sharp on a fine screen too
@@ -81,7 +77,6 @@ class Curves:
         self.figure = Picture(figsize=SIZE_IN, dpi=DPI)
         self._canvas: Any = FigureCanvasAgg(self.figure)
         self._lock = threading.Lock()
-        self._draw_s = self._cost_s = 0.0
         self._under: Any = None  # the pixels under the lines
         self._frame: Frame | None = None
         self._furniture: list[Any] = []  # marks, texts, legend
@@ -95,11 +90,6 @@ class Curves:
             _line(self._bottom, GREEN, "planned", linestyle=":"),
             _line(self._bottom, RED, "as typed", linestyle=(0, (5, 2))),
         ]
-
-    @property
-    def interval_s(self) -> float:
-        """How long to wait from one picture to the next, so that training loses under 1 %."""
-        return max(PERIOD_S, COST * self._cost_s)
 
     def draw(
         self,
@@ -119,7 +109,6 @@ class Curves:
             typed: The journal as it would be with the settings that are being typed: see `edited`.
         """
         with self._lock:
-            began = time.thread_time()
             x, loss, train = columns["progress"], columns["loss"], smooth(columns["loss"])
             nothing = np.zeros(0), np.zeros(0)
             points = [
@@ -146,12 +135,10 @@ class Curves:
             )
             if frame != self._frame:
                 self._set(frame)
-            self._draw_s = time.thread_time() - began
 
     def png(self) -> bytes:
         """Return the picture."""
         with self._lock:
-            began = time.thread_time()
             if self._under is None:
                 self._canvas.draw()
                 self._under = self._canvas.copy_from_bbox(self.figure.bbox)
@@ -159,9 +146,6 @@ class Curves:
                 self._canvas.restore_region(self._under)
             for line in self._lines:
                 line.axes.draw_artist(line)
-            cost_s = self._draw_s + time.thread_time() - began
-            self._cost_s += (cost_s - self._cost_s) / MEAN_PICTURES
-            self._draw_s = 0.0
             return packed(self._canvas)
 
     def _set(self, frame: Frame) -> None:

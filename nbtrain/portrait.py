@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +51,6 @@ class Portrait:
         self._space, self._epochs = evolution.space, epochs
         self._is_loss = evolution.direction == "min"
         self._lock = threading.Lock()
-        self._draw_s = self._cost_s = 0.0
         height = HEAD_IN + SCORES_IN + (EACH_IN + GAP_IN) * len(self._space) + FOOT_IN
         self.figure = plots.Picture(figsize=(WIDTH_IN, height), dpi=plots.DPI)
         self.figure.set_facecolor("white")
@@ -73,15 +71,9 @@ class Portrait:
         self._frame: object = None  # all of the picture but its lines
         self._under: Any = None  # its pixels
 
-    @property
-    def interval_s(self) -> float:
-        """How long to wait from one picture to the next, so that training loses under 1 %."""
-        return max(plots.PERIOD_S, plots.COST * self._cost_s)
-
     def draw(self, rows: Sequence[Row], best: Row | None) -> None:
         """Show these slices from now on, and what led to the best state."""
         with self._lock:
-            began = time.thread_time()
             for one in self._lines:
                 one.remove()
             known = ancestry.by_key(rows)
@@ -94,12 +86,10 @@ class Portrait:
                 self._lines += _steps(axes, rows, leading, known, values)
             for line in self._lines:
                 line.set_animated(True)
-            self._draw_s = time.thread_time() - began
 
     def png(self) -> bytes:
         """Return the picture."""
         with self._lock:
-            began = time.thread_time()
             if self._under is None:
                 self._canvas.draw()
                 self._under = self._canvas.copy_from_bbox(self.figure.bbox)
@@ -107,9 +97,6 @@ class Portrait:
                 self._canvas.restore_region(self._under)
             for line in self._lines:
                 line.axes.draw_artist(line)
-            cost_s = self._draw_s + time.thread_time() - began
-            self._cost_s += (cost_s - self._cost_s) / plots.MEAN_PICTURES
-            self._draw_s = 0.0
             return plots.packed(self._canvas)
 
     def _axes(self, title: str, bottom_in: float, height_in: float, whole_in: float) -> Any:

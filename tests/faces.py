@@ -97,11 +97,10 @@ class Fake:
 
 
 class Pen:
-    """Counts the pictures, and keeps what each was asked to show."""
-
-    interval_s = 2.0
+    """Counts the pictures, and keeps what each was asked to show; one takes its time on a clock."""
 
     def __init__(self) -> None:
+        self.clock, self.took_s = Clock(), 0.0
         self.drawn: list[dict[str, Any]] = []
         self.error: Exception | None = None
 
@@ -118,6 +117,7 @@ class Pen:
         self.drawn.append({"rows": len(columns["step"]), "progress": progress, "typed": typed})
 
     def png(self) -> bytes:
+        self.clock.now += self.took_s
         return b"picture %d" % len(self.drawn)
 
 

@@ -111,8 +111,6 @@ class Fake:
 class Pen:
     """Counts the pictures."""
 
-    interval_s = 2.0
-
     def __init__(self) -> None:
         self.drawn: list[int] = []
 

@@ -14,6 +14,7 @@ from runs import session as tiny_session
 
 from nbtrain import plots
 from nbtrain.errors import SessionError
+from nbtrain.face import board
 from nbtrain.face.panel import STATUS_EVERY_S, TYPING_S, Panel, in_words
 
 # In both ipywidgets 7.7 and 8.
@@ -224,13 +225,29 @@ def test_there_is_a_picture_from_the_first(shown: Shown) -> None:
 
 def test_a_picture_comes_when_the_pen_has_rested(shown: Shown) -> None:
     shown.session.runs(step=100)
-    shown.clock.now += Pen.interval_s - 0.1
+    shown.clock.now += board.PICTURE_EVERY_S - 0.1
     shown.panel.draw()
     assert len(shown.pen.drawn) == 1
     shown.clock.now += 0.1
     shown.panel.draw()
     assert len(shown.pen.drawn) == 2 and shown.panel._picture.value == b"picture 2"
     assert "loss 1.995 -&gt; 1.545 over 1.28 epochs" in shown.text, "for who does not see it"
+
+
+@pytest.mark.parametrize(("took_s", "rest_s"), [(0.001, 2.0), (0.1, 10.0)])
+def test_pictures_that_take_longer_come_less_often(shown: Shown, took_s: float, rest_s: float) -> None:
+    shown.pen.clock, shown.pen.took_s = shown.clock, took_s
+    for step in range(50):
+        shown.session.runs(step=step)
+        shown.panel.draw(at_once=True)
+    num_drawn = len(shown.pen.drawn)
+    shown.session.runs(step=100)
+    shown.clock.now += 0.98 * rest_s
+    shown.panel.draw()
+    assert len(shown.pen.drawn) == num_drawn
+    shown.clock.now += 0.02 * rest_s
+    shown.panel.draw()
+    assert len(shown.pen.drawn) == num_drawn + 1
 
 
 def test_a_picture_that_would_be_the_same_is_not_drawn(shown: Shown) -> None:

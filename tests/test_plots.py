@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from runs import in_fresh_process
 
-from nbtrain import plots
 from nbtrain.journal import Journal
 from nbtrain.plots import Curves, compared, curves, edited, words
 from nbtrain.scales import Floats
@@ -289,24 +288,6 @@ def test_a_preview_leaves_the_journal_as_it_is_and_refuses_what_the_journal_refu
     assert (plan.peak_lr, len(plan.entries)) == (0.5, 1)
     with pytest.raises(ValueError, match="accumulate=0 must be a whole number"):
         edited(plan, 1.0, accumulate=0)
-
-
-def test_pictures_that_cost_more_come_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, each_s = [0.0], [0.001]
-
-    def tick() -> float:
-        now[0] += each_s[0]
-        return now[0]
-
-    monkeypatch.setattr(plots.time, "thread_time", tick)
-    live = Curves("x")
-    for cost_s in (0.001, 0.25):
-        each_s[0] = cost_s
-        for _ in range(50):
-            live.draw(columns(10), [], journal(), 3.0)
-            live.png()
-        # The clock is read as often for drawing as for the picture.
-        assert live.interval_s == pytest.approx(max(plots.PERIOD_S, 2 * cost_s * plots.COST), rel=0.01)
 
 
 def test_threads_that_draw_the_same_curves_get_whole_pictures() -> None:

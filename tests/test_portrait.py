@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 
 import nbtrain
-from nbtrain import ancestry, plots, portrait
+from nbtrain import ancestry, portrait
 from nbtrain.portrait import Portrait
 from nbtrain.table import Table
 
@@ -123,7 +123,6 @@ def test_the_live_picture_is_renewed_as_a_new_one_would_be() -> None:
         fresh = Portrait("herd", whole.evolution, "accuracy", 6)
         fresh.draw(table.rows, table.best())
         assert np.array_equal(pixels(renewed), pixels(fresh.png())), rounds
-    assert live.interval_s >= plots.PERIOD_S
     assert sum(isinstance(c, LineCollection) for c in live.figure.axes[0].collections) == 1
 
 

@@ -24,6 +24,9 @@ from nbtrain.face import markup
 from nbtrain.face.markup import Facts, Trained
 
 STATUS_EVERY_S = 2.0  # a screen reader reads every change
+PICTURE_EVERY_S = 2.0  # at the most
+COST = 100.0  # and no sooner than so many times what a picture takes: training loses 1 % at the most
+MEAN_PICTURES = 8  # a picture takes the running mean of so many: one with new axes is like several
 NUM_LINES = 8
 
 
@@ -43,6 +46,7 @@ class Board(ABC):
         self._said = ""
         self.is_late = False  # whether there is a picture to draw that came too soon
         self._status_due = self._drawn_at = -math.inf
+        self._picture_s = 0.0
         self._told: object = None
         self._drawn: object = None
         self._make()
@@ -161,11 +165,25 @@ class Board(ABC):
 
     _more = "All epochs are trained"
 
+    @property
+    def _rest_s(self) -> float:
+        """How long to wait from one picture to the next.
+
+        By the clock and not by the processor's time: each time that this thread asks for the
+        interpreter's lock, the training loses more than what is then computed.
+        """
+        return max(PICTURE_EVERY_S, COST * self._picture_s)
+
     def _is_due(self, place: object, rest_s: float, *, at_once: bool) -> bool:
         """Tell whether there is something new to draw, and note whether it comes too soon."""
         is_new = place != self._drawn
         self.is_late = is_new and not at_once and self._clock() < self._drawn_at + rest_s
         return is_new and not self.is_late
+
+    def _drew(self, place: object, began: float) -> None:
+        """Note what was drawn, begun at a moment of the clock."""
+        self._drawn, self._drawn_at = place, self._clock()
+        self._picture_s += (self._drawn_at - began - self._picture_s) / MEAN_PICTURES
 
 
 def in_words(error: Exception) -> str:

@@ -92,12 +92,13 @@ class HerdPanel(Board):
         """Draw the picture, if it is time and another slice is over."""
         facts, rows, best = self._shown.status(), self._shown.rows, self._shown.best_row
         place = len(rows), best.key if best is not None else None
-        if not self._is_due(place, self._portrait.interval_s, at_once=at_once):
+        if not self._is_due(place, self._rest_s, at_once=at_once):
             return
+        began = self._clock()
         self._portrait.draw(rows, best)
         self._picture.value = self._portrait.png()
         self._words.value = markup.small(portrait.words(rows, best, facts["metric"]))
-        self._drawn, self._drawn_at = place, self._clock()
+        self._drew(place, began)
 
 
 class HerdTwin(Outputs):

@@ -94,9 +94,10 @@ class Panel(Board):
         history, journal = session.history, session.journal
         draft = self._fields.changes
         place = (facts["step"], facts["progress"], len(history.epochs), len(journal.entries))
-        rest_s = self._curves.interval_s if draft == self._draft else TYPING_S
+        rest_s = self._rest_s if draft == self._draft else TYPING_S
         if not self._is_due((place, draft), rest_s, at_once=at_once):
             return
+        began = self._clock()
         arrays, epochs = history.arrays(), list(history.epochs)
         typed = self._fields.planned(facts, journal)
         if typed is not None and (typed.schedule, typed.peak_lr) == (journal.schedule, journal.peak_lr):
@@ -104,4 +105,5 @@ class Panel(Board):
         self._curves.draw(arrays, epochs, journal, facts["progress"], typed)
         self._picture.value = self._curves.png()
         self._words.value = markup.small(plots.words(arrays, epochs))
-        self._drawn, self._draft, self._drawn_at = (place, draft), draft, self._clock()
+        self._draft = draft
+        self._drew((place, draft), began)
