@@ -7,7 +7,7 @@ callback that the kernel has set for it. One path serves ipykernel 6.17.1 to 7.4
 
     stream              the ZMQStream that feeds the main thread: `kernel.shell_stream` up to 6,
                         since 7 the main thread's end of `kernel.shell_channel_thread.manager`
-    stream.socket       read without the event loop, which the cell holds
+    stream.socket       read without the event loop, which the cell holds; wakes who sleeps on it
     stream._recv_callback   what the kernel does with a message: it gets back what was put aside
     kernel.dispatch_shell   a coroutine that never really waits for widgets: driven by hand
     pre_handler_hook, post_handler_hook   set and reset SIGINT around a message. They remember one
@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import selectors
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,9 +51,9 @@ class Poller:
         with Poller() as poll:
             while worker.is_alive():
                 poll()
-                worker.join(0.05)
+                poll.wait(0.25, worker.ended)
 
-    Outside a kernel, in another thread and inside another poller it does nothing.
+    Outside a kernel, in another thread and inside another poller it handles nothing.
 
     Attributes:
         problem: "" or the sentence for the user that says why buttons act only when the cell ends.
@@ -124,6 +126,17 @@ class Poller:
             self._is_inside = False
         return num_handled
 
+    def wait(self, timeout_s: float, *others: socket.socket) -> None:
+        """Sleep until a message has come, or another socket has something, or it is time."""
+        # Each waking takes the interpreter's lock from the training: none that brings nothing.
+        with selectors.DefaultSelector() as ears:
+            for one in others:
+                ears.register(one, selectors.EVENT_READ)
+            if self._works and not self._stream.closed():
+                # Stays readable until it is polled, so that nothing that came before is missed.
+                ears.register(self._stream.socket.fileno(), selectors.EVENT_READ)
+            ears.select(timeout_s)
+
     def _poll(self) -> int:
         num_handled = 0
         for _ in range(MAX_AT_ONCE):
@@ -189,6 +202,7 @@ def _probe(kernel: Any, stream: Any) -> None:
             stream.flush,
             stream.closed,
             stream.socket.poll,
+            stream.socket.fileno,
             stream.socket.recv_multipart,
         ),
         *(kernel.dispatch_shell, kernel.set_parent, kernel._publish_status),

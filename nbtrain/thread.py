@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import contextvars
+import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -30,11 +32,14 @@ class TrainingThread(threading.Thread):
     def __init__(self, name: str, work: Callable[[], None], end: Callable[[], None]) -> None:
         super().__init__(name=f"nbtrain {name}", daemon=True)
         self.goes = threading.Event()
+        self.ended, self._ends = socket.socketpair()  # readable once it has ended
+        weakref.finalize(self, self.ended.close)
+        weakref.finalize(self, self._ends.close)
         self._end = end
         self.error: BaseException | None = None
         self.problem = ""  # the error in words, also when it has been raised
         self._work = work
-        self._settings = _Settings()
+        self._settings = Settings()
         # With it, newer kernels show what the user's code prints where the run was started.
         self._context = contextvars.copy_context()
 
@@ -50,19 +55,20 @@ class TrainingThread(threading.Thread):
         finally:
             atexit.unregister(self._end_in_time)
             del self._work, self._end  # they hold the session, and who waits may keep this thread
+            self._ends.send(b".")
 
     def _end_in_time(self) -> None:
         self._end()
         self.join(EXIT_PATIENCE_S)
 
 
-class _Settings:
+class Settings:
     """Those of torch's settings that are the calling thread's own."""
 
     def __init__(self) -> None:
         self._grad, self._device = torch.is_grad_enabled(), torch.get_default_device()
         has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._cuda = torch.cuda.current_device() if has_cuda else None
+        self.cuda = torch.cuda.current_device() if has_cuda else None
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())
             for kind in AUTOCAST
@@ -74,8 +80,8 @@ class _Settings:
         """Let them be the current thread's, for as long as this is entered."""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self._grad))
-            if self._cuda is not None:
-                stack.enter_context(torch.cuda.device(self._cuda))
+            if self.cuda is not None:
+                stack.enter_context(torch.cuda.device(self.cuda))
             if self._device != torch.get_default_device():
                 stack.enter_context(self._device)
             for kind, dtype, has_cache in self._autocast:

@@ -10,14 +10,13 @@ or Stop, or the end of the budget, ends it. Elsewhere nobody could resume, and a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from nbtrain.driving import Driven
 from nbtrain.interrupts import Interrupts
 from nbtrain.poll import Poller
 
-TICK_S = 0.05
+TICK_S = 0.25  # a message and the end of the training are heard at once, all else so often
 ONE_PRESS_S = 0.1  # an impatient finger is slower; a second press only stops, and loses nothing
 
 
@@ -68,13 +67,13 @@ def _watch(loop: Driven, interrupts: Interrupts, poll: Poller, *, watched: bool)
                 heard = interrupts.num_presses
                 is_pause = watched and interrupts.asked == "interrupt" and heard == 1
                 loop.halt("pause" if is_pause else str(interrupts.asked))
-            loop.worker.join(TICK_S)  # type: ignore[union-attr]
+            poll.wait(TICK_S, loop.worker.ended)  # type: ignore[union-attr]
         elif interrupts.num_presses > min(heard, 1):  # one press has made the pause
             loop.halt(str(interrupts.asked))
         elif not loop.has_time:
             loop.halt("budget")
         else:
-            time.sleep(TICK_S)
+            poll.wait(TICK_S)
     poll()
     loop.draw(bar)
     bar.close()

@@ -223,6 +223,24 @@ def test_cells_that_come_after_the_last_poll_keep_their_order_too(kernel: Notebo
     assert kernel.value("order") == list(range(6))
 
 
+def test_who_sleeps_is_woken_by_a_click_and_by_nothing_else(kernel: Notebook) -> None:
+    kernel.run("clicks.clear(); woken = 0")
+    cell = kernel.start(
+        "print('waiting', flush=True)\n"
+        "with Poller() as poll:\n"
+        "    while not clicks: poll.wait(60); poll(); woken += 1\n"
+        "    began = time.monotonic(); poll.wait(0.2); slept_s = time.monotonic() - began"
+    )
+    queued = kernel.send("pass")
+    kernel.handled(kernel.click(kernel.ids["button"]))
+    kernel.wait_idle(cell, queued)
+    assert not kernel.of(cell, "error")
+    assert len(kernel.value("clicks")) == 1
+    # A message that is put aside wakes it too, and some kernels send themselves one at the start.
+    assert kernel.value("woken") <= 4
+    assert 0.15 < kernel.value("slept_s") < 20
+
+
 def test_a_broken_message_is_left_to_the_kernel(kernel: Notebook) -> None:
     kernel.run("clicks.clear()")
     cell = kernel.start()

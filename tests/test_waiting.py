@@ -68,6 +68,11 @@ def test_a_run_has_the_bits_of_a_loop_of_ones_own_on_the_main_thread(tmp_path: P
     assert seen == {"nbtrain tiny"}
 
 
+def test_the_end_of_a_run_is_heard_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbtrain.waiting.TICK_S", 600.0)
+    assert session(tmp_path).run().state == "done"
+
+
 def test_start_returns_at_once_and_wait_when_it_is_done(tmp_path: Path) -> None:
     run = session(tmp_path)
     goes_on = threading.Event()
