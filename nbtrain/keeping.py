@@ -11,6 +11,7 @@ import math
 import time
 from typing import Any
 
+from nbtrain import grades
 from nbtrain.bar import goodbye, hello
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
@@ -46,9 +47,20 @@ class Keeping:
             grade = self._live.grade
             self._place, at = self._live.place, f"{self._at} ({grade})"
             self.resumed = f"resumed at step {self._live.step} ({grade})"
+        self._kernel = self._opened.fingerprint(self._live)
         if self._opened.replay is not None:
             self._opened.replay.rewind(self._live.progress)
         self._lines.say(hello(self._name, self._opened.stores[-1].place, at, notes))
+
+    def regrade(self) -> None:
+        """Grade how this kernel goes on from what it has trained, and say where that promises less."""
+        then, live = self._kernel, self._live
+        self._kernel = self._opened.fingerprint(live)
+        # An edited batch size stands in the journal, where it is repeated.
+        grade = grades.compare(then, self._kernel | {"micro_batch": then["micro_batch"]})
+        if live.step and grade.is_worse_than(live.grade.word):
+            live.grade, self.resumed = grade, f"resumed at step {live.step} ({grade})"
+            self._lines.say(f"{self._name}: goes on at {self._at} ({grade}).")
 
     def request(self, reason: str, valid_loss: float | None = None) -> None:
         """Save what is alive, in the background.
@@ -108,6 +120,11 @@ class Keeping:
         on = "the same cells" if is_own else opened.way_on(self._name)
         reason = "done" if live.is_done else reason
         self._lines.say(goodbye(self._name, self._at + where, reason, on, is_own=is_own))
+
+    def say_saved(self) -> None:
+        """Say what was just saved because somebody asked for it."""
+        places = [f"{s.place} ({s.degree})" for s in self.saver.saved.values()]
+        self._lines.say(f"{self._name}: saved at {self._at}, in {' and '.join(places)}.")
 
     def is_due(self, now: float) -> bool:
         """Whether the last save is too long ago."""

@@ -86,6 +86,7 @@ class Loop(Driven):
         else:
             self.keeping.request(self.reason)
             self.keeping.finish()
+            self.keeping.say_saved()
 
     def set(self, changes: dict[str, Any]) -> None:
         """Change settings at the next boundary."""
@@ -248,6 +249,7 @@ class Loop(Driven):
             self.keeping.load()
         if not self.live.task.model.training:
             self.live.task.model.train()
+        self.keeping.regrade()
         self.lines.shown = self._shows_bar and not self._holds  # a panel has them already
         self._settle_at, self._pace, self._bar = 0.0, Pace(), self.bar(shown=not self._holds)
         self.live.enter(None, time.time())

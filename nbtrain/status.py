@@ -30,7 +30,7 @@ def of(session: Any, opened: Opened, loop: Loop) -> dict[str, Any]:
         "loss": live.loss,
         "lr": session.lr,
         "peak_lr": session.journal.peak_lr,
-        "samples_per_s": loop.samples_per_s,
+        "samples_per_s": loop.samples_per_s if loop.state == "running" else 0.0,
         "settings": dict(session.journal.settings),
         "budget": opened.clock_words,
         "budget_limit_s": session.budget.limit_s,

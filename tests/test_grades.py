@@ -373,6 +373,19 @@ def test_cells_that_are_run_again_are_graded_too(tmp_path: Path) -> None:
     assert [stage["grade"] for stage in again._live.stages] == ["new"]
 
 
+def test_what_changes_between_two_runs_of_a_kernel_is_graded_too(
+    tmp_path: Path, switches: None
+) -> None:
+    run = begun(tmp_path)
+    run.set(batch_size=5)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    run.run()
+    assert run.status()["grade"] == "same order"
+    assert run.status()["resumed"].startswith("resumed at step 2 (same order: CPU threads ")
+    assert [stage["grade"] for stage in run._live.stages] == ["same order"]
+    assert any("goes on at" in line and "CPU threads" in line for line in run.lines)
+
+
 def test_another_micro_batch_in_the_cell_is_the_same_order(tmp_path: Path) -> None:
     begun(tmp_path)
     run = session(tmp_path, batch_size=5)

@@ -186,6 +186,14 @@ def test_every_word_is_in_the_help(word: str, told: Any) -> None:
     assert "::" not in said
 
 
+@pytest.mark.parametrize("word", ["audit", "save", "plot", "recipe"])
+def test_the_help_of_a_word_is_of_that_word(word: str, told: Any) -> None:
+    said, is_well = told(f"%nbtrain help {word}")
+    assert is_well
+    lines = [line for line in said.splitlines() if line.startswith("%")]
+    assert lines and all(word in line.split("  ")[0] for line in lines)
+
+
 def test_the_question_mark_shows_the_help_and_the_options(told: Any) -> None:
     said, _ = told("%nbtrain?")
     assert "%nbtrain resume NAME trust-code" in said
@@ -198,6 +206,7 @@ def test_the_question_mark_shows_the_help_and_the_options(told: Any) -> None:
         ("%nbtrain strat", "Did you mean %nbtrain start?"),
         ("%nbtrain xyzzy", "%nbtrain help has them all"),
         ("%nbtrain pause now", "pause takes no 'now'"),
+        ("%nbtrain help xyzzy", "There is no word 'xyzzy'"),
         ("%nbtrain help --trust-code", "help takes no 'trust_code'"),
         ("%nbtrain --fast", "unrecognized arguments: --fast"),
         ("%nbtrain set 'lr", "No closing quotation"),

@@ -392,6 +392,16 @@ def test_a_stop_that_came_too_late_is_not_for_the_next_run(tmp_path: Path) -> No
     assert run.state == "done"
 
 
+def test_a_save_that_was_asked_for_is_told(tmp_path: Path) -> None:
+    run = session(tmp_path).run()
+    run.save()
+    assert run.lines[-1].startswith("tiny: saved at epoch ") and str(tmp_path) in run.lines[-1]
+
+
+def test_nothing_runs_so_nothing_is_seen_a_second(tmp_path: Path) -> None:
+    assert session(tmp_path).run().status()["samples_per_s"] == 0.0
+
+
 def test_when_the_loop_is_halted_the_save_is_made_before_the_users_evaluation(tmp_path: Path) -> None:
     run = session(tmp_path)
     for epoch in run.epochs():

@@ -103,7 +103,7 @@ class NbtrainMagics(Magics):
         %nbtrain list               the sessions found in every place
         %nbtrain audit [STEPS]      train the first steps several times and compare all bits: is this
                                     session's `build` reproducible, or else the notebook's `build`?
-        %nbtrain help               this
+        %nbtrain help [WORD]        this
         %%nbtrain recipe [FUNCTION] as the very first line of a cell: run it, and check that all that
                                     `build` (or FUNCTION) needs can be kept for a fresh kernel
 
@@ -129,7 +129,7 @@ class NbtrainMagics(Magics):
                 "list": lambda said: print(_list(said)),
                 "audit": self._audit,
                 "status": lambda said: print(_status()),
-                "help": lambda said: print(inspect.cleandoc(self.nbtrain.parser.description)),
+                "help": self._help,
             }
             if said.word not in acts:
                 near = difflib.get_close_matches(said.word, WORDS, 1)
@@ -210,6 +210,9 @@ class NbtrainMagics(Magics):
         from nbtrain.auditing import audit
 
         audit(build, int(text))
+
+    def _help(self, said: Said) -> None:
+        print(telling.help(inspect.cleandoc(self.nbtrain.parser.description), said.name()))
 
     def _give(self, session: Trained) -> None:
         """Let the user's code have it, under a name that takes nothing away."""

@@ -16,7 +16,7 @@ WORDS = (
     *("start", "resume", "pause", "save", "stop", "set"),
     *("rehearse", "audit", "panel", "plot", "history", "list", "status", "help"),
 )
-NAMED, VALUED = ("start", "resume", "plot", "audit"), ("start", "resume", "set", "list")
+NAMED, VALUED = ("start", "resume", "plot", "audit", "help"), ("start", "resume", "set", "list")
 
 
 @dataclass

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import time
 from typing import Any
+
+from IPython.core.error import UsageError
 
 from nbtrain.budget import size, words
 from nbtrain.magics.listing import Found
@@ -14,6 +17,21 @@ NUM_ROWS = 10  # of the history
 OBVIOUS = ("", "done", "pause", "stop", "error")  # reasons that the state tells already
 
 
+def help(text: str, word: str) -> str:
+    """Return the help, or what it says of one word.
+
+    Raises:
+        UsageError: there is no such word.
+    """
+    if not word:
+        return text
+    blocks = re.findall(r"^%%?nbtrain.*\n(?:    .*\n)*", text, flags=re.MULTILINE)
+    found = [b for b in blocks if word in b.split("  ")[0].replace(",", " ").split()]
+    if not found:
+        raise UsageError(f"There is no word {word!r}. %nbtrain help has them all.")
+    return "".join(found).rstrip()
+
+
 def status(now: dict[str, Any]) -> str:
     """Return what `Session.status` gave, as a few lines."""
     from nbtrain.bar import number  # with widgets, where there are some
@@ -21,9 +39,10 @@ def status(now: dict[str, Any]) -> str:
     why = "" if now["reason"] in OBVIOUS else f" ({now['reason']})"
     asked = f", {now['asked']} asked for" if now["asked"] else ""
     of = f" of {now['epochs']}" if now["epochs"] else ""
+    pace = f", {now['samples_per_s']:.0f} samples/s" if now["samples_per_s"] else ""
     lines = {
         "place": f"epoch {now['progress']:.2f}{of}, step {now['step']}",
-        "seen": f"loss {number(now['loss'])}, lr {now['lr']:.4g}, {now['samples_per_s']:.0f} samples/s",
+        "seen": f"loss {number(now['loss'])}, lr {now['lr']:.4g}{pace}",
         "settings": settings(now["settings"]),
         "budget": _budget(now),
         "saved": saved(now),
@@ -104,6 +123,7 @@ def history(epochs: list[dict[str, Any]], last: dict[str, Any] | None) -> str:
     rows = epochs[-NUM_ROWS:]
     if last is not None and (not rows or last["step"] > rows[-1]["step"]):
         rows = [*rows, last | {name: int(last[name]) for name in WHOLE}]
+    rows = [row | {"epoch": row["epoch"] + 1} for row in rows]  # as in every line that is said
     if not rows:
         return "There is no step yet."
     scores = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
