@@ -5,6 +5,7 @@ The map, from the call site down; a module imports only what stands below it::
     magics       %nbtrain: thin words over what stands below
     resuming     resume: one line in a fresh kernel
     session      Session: the story of a run
+    facts        what can be read of a session
     auditing     audit: does this code train reproducibly, and if not, where is the hidden randomness
     population   Population: members that train in turn, and copy the best
     standing     where one member of it stands
@@ -29,6 +30,7 @@ The map, from the call site down; a module imports only what stands below it::
     driving      how training is started, ordered about and ended
     probe        one window, trained and told as hashes
     opening      from what the user wrote to what is alive
+    arguments    what a session may be told, and what of it makes sense
     replaying    a schedule of hyperparameters, trained by one session
     reading      a task's data, ready to be read
     saving       snapshots to checkpoints in the background
@@ -38,6 +40,7 @@ The map, from the call site down; a module imports only what stands below it::
     ancestry     where a state of a population came from
     journal      the settings in force, and every change of them
     validation   mean loss and metrics, leaving training as it was
+    metrics      what a validation gives, batch by batch
     table        what is known of a population, as rows
     evolution    from one round's scores to the next round's turns
     space        where hyperparameters are drawn from
@@ -45,12 +48,13 @@ The map, from the call site down; a module imports only what stands below it::
     poll         widget messages, handled while a cell is busy
     stores       where bytes survive
     recipe       the source that `build` needs; source writes one value of it
+    forward      how a batch becomes a loss
     task         what `build` returns
     data         the samples in their order, from any position on
     thread       the thread that trains, computing as the cell would
     grades       how good a resume is: what differs from the kernel before
     evidence     what an action moves, and whom it asks
-    accumulation, budget, history, host, interrupts, orders, randomness, schedule, trees
+    accumulation, budget, history, host, interrupts, judging, orders, randomness, schedule, trees
     errors       every exception, as a tree
 
 Read `session` first. `python -m nbtrain demo` shows all of it in two minutes.

@@ -11,8 +11,9 @@ still at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,23 +33,27 @@ class Window:
     micro_step: int = 0
     weight: float = 0.0
     loss: Tensor | None = field(default=None, repr=False)
+    named: dict[str, tuple[Any, float]] = field(default_factory=dict, repr=False)
 
     @property
     def is_full(self) -> bool:
         """Whether every micro-step is done."""
         return self.micro_step == self.num_micro_steps
 
-    def add(self, loss: Tensor, n: float) -> None:
+    def add(self, loss: Tensor, n: float, scaler: torch.amp.GradScaler | None = None) -> None:
         """Run backward for a micro-step's mean loss, which stands for n samples.
 
         Args:
             loss: Mean over the micro-batch, shape ().
             n: Samples in it; or tokens, boxes: whatever the mean was taken over.
+            scaler: Keeps the small gradients of fp16, which are unscaled before `finish`.
         """
         share = n / self.num_samples
         try:
             # With one micro-step a window the share is 1: the very bits of a plain loop.
-            (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
+            part = loss if share == 1.0 else loss * share
+            part = part if scaler is None else scaler.scale(part)
+            part.backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             if "second time" in str(error):
                 error.add_note("session.update(loss) does the backward: leave loss.backward() out.")
@@ -57,6 +62,13 @@ class Window:
         self.loss = part if self.loss is None else self.loss + part
         self.weight += n
         self.micro_step += 1
+
+    def log(self, named: Mapping[str, Any], n: float) -> None:
+        """Add other values of a micro-step, each a mean over n; `named` has sums and weights."""
+        for name, value in named.items():
+            total, weight = self.named.get(name, (0.0, 0.0))
+            value = value.detach().squeeze() if isinstance(value, Tensor) else float(value)
+            self.named[name] = total + value * n, weight + n
 
     def finish(self, parameters: Iterable[Tensor], clip_norm: float | None = None) -> Tensor:
         """Make the gradients those of the window's mean loss, clip them, and return that loss.

@@ -17,7 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,7 @@ def audit(
     num_workers: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    precision: str = "fp32",
 ) -> Audit:
     """Train the first steps several times, compare all bits, and find what makes them differ.
 
@@ -101,7 +102,7 @@ def audit(
     Args:
         build: As for a `Session`.
         steps: Optimizer steps of a run.
-        batch_size, accumulate, num_workers, seed, device: As for a `Session`.
+        batch_size, accumulate, num_workers, seed, device, precision: As for a `Session`.
 
     Returns:
         The table and the verdict: `ok`, `cause`, `step`, `losses`.
@@ -111,7 +112,7 @@ def audit(
         SessionError: a session trains in this kernel.
         TaskError, DataError: what `build` gives cannot be used, or the data set raised.
     """
-    bench = Bench(build, steps, batch_size, accumulate, num_workers, seed, device)
+    bench = Bench(build, steps, batch_size, accumulate, num_workers, seed, device, precision)
     with undisturbed():
         found = _said("built, read and computed twice", lambda: _before_training(bench))
     if found is None:
@@ -140,6 +141,7 @@ def audit_session(name: str, opened: Opened, settings: dict[str, Any], steps: in
         num_workers=opened.arguments["num_workers"],
         seed=opened.seed,
         device=opened.device,
+        precision=opened.forward.precision,
     )
 
 
@@ -226,7 +228,7 @@ def _of_window(bench: Bench, fresh: Fresh) -> str:
         randomness.seed(bench.seed, "step", 0, 0)
         with torch.enable_grad():
             # A copy, for a model may change what it is given.
-            loss, _, _ = task.run(data.moved(copy.deepcopy(batch), bench.device))
+            loss, _, _ = fresh.forward.run(task, fresh.forward.moved(copy.deepcopy(batch)))
             loss.squeeze().backward()  # type: ignore[no-untyped-call]
         found = digest([loss, [p.grad for p in task.model.parameters()]])
         start.go_back()
@@ -291,8 +293,7 @@ def _trained(bench: Bench, cause: str) -> Audit:
         trials += _with_other_threads(bench, trials[0], notes)
     result.losses = {trial.label: trial.losses for trial in trials}
     result.weights = {trial.label: digest(trial.last)[:8] for trial in trials}
-    result.notes = notes
-    return result
+    return replace(result, notes=notes)
 
 
 def _trial(bench: Bench, label: str, *args: Any, **kwargs: Any) -> Trial:

@@ -279,9 +279,26 @@ def remove(store: Store, names: Iterable[str]) -> None:
 
 
 def best_of(manifests: Iterable[Manifest]) -> Manifest | None:
-    """Return the checkpoint with the lowest validation loss, the earliest of equals, if any."""
-    scored = [m for m in manifests if m.facts.get("valid_loss") is not None]
-    return min(scored, key=lambda m: (m.facts["valid_loss"], m.number), default=None)
+    """Return the checkpoint with the best score, the earliest of equals, if any.
+
+    Only those count that are judged as the newest of them is: another metric is no better or worse.
+    """
+    scored = [(m, s) for m in manifests if (s := score(m.facts)) is not None]
+    if not scored:
+        return None
+    judged = max(scored, key=lambda pair: pair[0].number)[1][:2]
+    sign = 1 if judged[1] == "min" else -1
+    same = [(sign * s[2], m.number, m) for m, s in scored if s[:2] == judged]
+    return min(same, key=lambda entry: entry[:2])[2]
+
+
+def score(facts: Mapping[str, Any]) -> tuple[str, str, float] | None:
+    """Return a checkpoint's metric, its direction and its value there, if it was judged."""
+    if facts.get("score") is not None:
+        return facts["metric"], facts["direction"], facts["score"]
+    if facts.get("valid_loss") is not None:  # as it was written before there was another
+        return "valid_loss", "min", facts["valid_loss"]
+    return None
 
 
 def ids(store: Store, session: str) -> set[str]:

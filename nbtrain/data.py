@@ -232,7 +232,8 @@ class Keyed:
         try:
             for position, index in enumerate(indices, start):
                 where = f"index {index} (epoch {epoch}, position {position})"
-                randomness.seed(*self.words, epoch, position)
+                if type(self.dataset) is not TensorDataset:  # it draws nothing; keys cost as much
+                    randomness.seed(*self.words, epoch, position)
                 samples.append(self.dataset[index])
             where = f"collating indices {indices}"
             randomness.seed(*self.words, "collate", epoch, start)
@@ -323,7 +324,7 @@ class Loader:
             DataError: the data set raised; names the index and the position.
         """
         assert self._batches is not None
-        if self._torch.num_workers:
+        if self.num_workers:
             num_samples, batch = next(self._batches)
         else:
             # A worker computes with one thread, and some sums differ in their last bit with two.
@@ -336,8 +337,7 @@ class Loader:
         if isinstance(batch, Failure):
             self._batches = None
             raise batch.to_raise()
-        epoch, position = self._next
-        self._next = (epoch, position + num_samples)
+        self._next = (self._next[0], self._next[1] + num_samples)
         return num_samples, batch
 
     def put_back(self, given: list[tuple[int, Any]]) -> None:

@@ -21,7 +21,12 @@ from nbtrain.poll import Poller
 from nbtrain.stores import FolderStore
 from nbtrain.thread import TrainingThread
 
-STATES = {"done": "done", "pause": "paused", "error": "failed"}  # any other end is a stop
+STATES = {
+    "done": "done",
+    "early": "done",
+    "pause": "paused",
+    "error": "failed",
+}  # any other end is a stop
 
 
 class Driven(ABC):

@@ -19,6 +19,7 @@ from nbtrain import space as spaces
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
 from nbtrain.evolution import Evolution
+from nbtrain.judging import direction_of
 from nbtrain.making import Maker
 from nbtrain.member import Interval, score_of
 from nbtrain.opening import Ground
@@ -75,9 +76,7 @@ def evolution(arguments: dict[str, Any]) -> Evolution:
     if engine == "ray":
         cluster.package()  # where it is missing, nothing has been touched yet
     Interval.read(arguments["interval"])
-    metric, direction = arguments["metric"], arguments["direction"]
-    if direction is None:
-        direction = "min" if metric.endswith(("loss", "error")) else "max"
+    direction = direction_of(arguments["metric"], arguments["direction"])
     made = Evolution(
         space=spaces.read(arguments["space"]),
         members=arguments["members"],
@@ -169,7 +168,7 @@ def _tried(ground: Ground, maker: Maker, evolution: Evolution) -> tuple[Evolutio
         loader,
         read.valid_batch,
         seed=ground.seed,
-        device=ground.device,
+        forward=maker.forward,
         proceed=lambda: True,
     )
     score_of(metrics or {}, ground.arguments["metric"])

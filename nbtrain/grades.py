@@ -50,6 +50,8 @@ SUMS = {
     "cpu": "CPU capability",
     "threads": "CPU threads",
     "micro_batch": "micro-batch",
+    "precision": "precision",
+    "channels_last": "channels last",
     "compiled": "compiled",
     "deterministic": "deterministic algorithms",
     "matmul": "float32 matmul",
@@ -92,7 +94,14 @@ UNKNOWN = Grade(APPROXIMATE, ("nothing was recorded of the kernel before",))
 
 
 def fingerprint(
-    device: torch.device, model: nn.Module, *, micro_batch: int, num_workers: int, recipe: str
+    device: torch.device,
+    model: nn.Module,
+    *,
+    micro_batch: int,
+    num_workers: int,
+    recipe: str,
+    precision: str = "fp32",
+    channels_last: bool = False,
 ) -> dict[str, Any]:
     """Return what can change a bit of a run in this kernel, as plain values.
 
@@ -106,6 +115,8 @@ def fingerprint(
         micro_batch: Samples in a forward and backward.
         num_workers: Processes that fetch; recorded only.
         recipe: Hash of the source of `build`; "" for a loop of the user's own.
+        precision: What the forward pass is computed in.
+        channels_last: Whether images lie so.
     """
     is_cuda = device.type == "cuda"
     found = {
@@ -119,6 +130,8 @@ def fingerprint(
         "threads": torch.get_num_threads(),
         "micro_batch": micro_batch,
         "num_workers": num_workers,
+        "precision": precision,
+        "channels_last": channels_last,
         "compiled": _is_compiled(model),
         "deterministic": _deterministic(),
         "onednn": torch.backends.mkldnn.enabled,

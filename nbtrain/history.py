@@ -8,6 +8,7 @@ that also has the validation.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,8 @@ class History:
     Iterating gives a dict a row, so `pandas.DataFrame(session.history)` is the whole table;
     `history["loss"]` is a column as a list, with None where a row has no such value.
 
+    What a step logs by name has a column too, of the means over its window.
+
     Units: progress in epochs, seconds of training over all stages; loss is the window's mean.
     """
 
@@ -39,8 +42,13 @@ class History:
         """Add a step's row, unless it falls between the rows that are kept."""
         if int(row["step"]) % self._stride:
             return
-        for name in COLUMNS:
-            self._columns[name].append(row[name])
+        if new := [name for name in row if name not in self._columns]:
+            columns = dict(self._columns)  # for another thread may be walking through it
+            for name in new:
+                columns[name] = array("d", [math.nan]) * len(columns["step"])
+            self._columns = columns
+        for name, column in self._columns.items():
+            column.append(row.get(name, math.nan))
         if len(self._columns["step"]) > MAX_ROWS:
             self._stride *= 2
             kept = [i for i, step in enumerate(self._columns["step"]) if not step % self._stride]
@@ -53,7 +61,7 @@ class History:
         """The last step's row that is kept, or None."""
         if not self._columns["step"]:
             return None
-        return {name: column[-1] for name, column in self._columns.items()}
+        return {name: self._columns[name][-1] for name in COLUMNS}
 
     def close_epoch(self, row: dict[str, Any]) -> None:
         """Add an epoch's last step with what its validation gave."""
@@ -86,13 +94,15 @@ class History:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         ends = {row["step"]: row for row in self.epochs}
         found = dict.fromkeys(n for row in self.epochs for n in row if n not in COLUMNS)
-        names = [*COLUMNS[:-1], *found, COLUMNS[-1]]
+        columns = self._columns
+        named = [name for name in columns if name not in COLUMNS]
+        names = list(dict.fromkeys([*COLUMNS[:-1], *named, *found, COLUMNS[-1]]))
         rows: list[dict[str, Any]] = []
-        columns = self._columns.values()
-        whole = min(len(column) for column in columns)  # the loop's thread may be adding a row
-        for values in zip(*(column[:whole] for column in columns), strict=True):
-            row = dict(zip(COLUMNS, values, strict=True))
+        whole = min(map(len, columns.values()))  # the loop's thread may be adding a row
+        for values in zip(*(column[:whole] for column in columns.values()), strict=True):
+            row: dict[str, Any] = dict(zip(columns, values, strict=True))
             row.update({name: int(row[name]) for name in WHOLE})
+            row.update({name: None for name in named if math.isnan(row[name])})
             rows.append(row | ends.pop(row["step"], {}))
         for row in sorted([*rows, *ends.values()], key=lambda row: row["step"]):
             yield {name: row.get(name) for name in names}
@@ -118,5 +128,5 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self._stride = state["stride"]
-        self._columns = {name: array("d", state["steps"][name].tolist()) for name in COLUMNS}
+        self._columns = {name: array("d", column.tolist()) for name, column in state["steps"].items()}
         self.epochs = [dict(row) for row in state["epochs"]]

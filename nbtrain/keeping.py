@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from nbtrain import grades
@@ -62,8 +63,8 @@ class Keeping:
             live.grade, self.resumed = grade, f"resumed at step {live.step} ({grade})"
             self._lines.say(f"{self._name}: goes on at {self._at} ({grade}).")
 
-    def request(self, reason: str, valid_loss: float | None = None) -> None:
-        """Save what is alive, in the background.
+    def request(self, reason: str, written: Mapping[str, float] | None = None) -> None:
+        """Save what is alive, in the background; with what a validation gave it may be the best.
 
         Raises:
             LossError: it is spoilt.
@@ -72,8 +73,7 @@ class Keeping:
         live = self._live
         facts: dict[str, Any] = {"step": live.step, "stage": live.stage, "progress": live.progress}
         facts["at"] = time.time()
-        is_score = valid_loss is not None and math.isfinite(valid_loss)
-        facts["valid_loss"] = valid_loss if is_score else None
+        facts |= live.judging.facts(written or {})
         state |= self._opened.identity(live)
         number, recipe = self.saver.next_number(), self._opened.recipe_source
         self.saver.request(Snapshot(number, model, tensors, state, recipe, facts))
@@ -118,7 +118,7 @@ class Keeping:
         saved = list(self.saver.saved.values())[-1:]
         where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
         on = "the same cells" if is_own else opened.way_on(self._name)
-        reason = "done" if live.is_done else reason
+        reason = live.end or reason
         self._lines.say(goodbye(self._name, self._at + where, reason, on, is_own=is_own))
 
     def say_saved(self) -> None:

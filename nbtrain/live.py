@@ -8,17 +8,20 @@ window is of the window's start.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbtrain import accumulation, grades, parts, trees
+from nbtrain import accumulation, grades, parts, randomness, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.data import Order
 from nbtrain.errors import LossError
+from nbtrain.forward import Forward
 from nbtrain.history import History
 from nbtrain.journal import Journal
+from nbtrain.judging import Judging
 from nbtrain.task import Task
 
 
@@ -30,13 +33,22 @@ class Live:
         journal: The settings in force.
         order: How many samples an epoch has.
         drop_last: Whether an epoch's last micro-batch is left out if it is not full.
+        forward: How a batch becomes a loss.
         clip_norm: Largest norm of a step's gradient, or None.
+        judging: When it has stopped getting better.
     """
 
     def __init__(
-        self, task: Task, journal: Journal, order: Order, drop_last: bool, clip_norm: float | None
+        self,
+        task: Task,
+        journal: Journal,
+        order: Order,
+        drop_last: bool,
+        forward: Forward,
+        clip_norm: float | None = None,
+        judging: Judging = Judging(),  # noqa: B008
     ) -> None:
-        self.task, self.journal = task, journal
+        self.task, self.journal, self.forward = task, journal, forward
         self.history = History()
         self.stage, self.grade = 1, grades.NEW
         self.step = self.epoch = self.position = 0
@@ -46,8 +58,10 @@ class Live:
         self.loss = math.nan
         self.window: accumulation.Window | None = None
         self.is_torn = False
+        self.scaler, self.judging = forward.new_scaler(), judging
         self._order, self._drop_last, self._clip_norm = order, drop_last, clip_norm
-        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._pending: list[tuple[dict[str, Any], Tensor, dict[str, tuple[Any, float]]]] = []
+        self._sums: dict[str, tuple[float, float]] = {}  # of this epoch, with their weights
         self._start = parts.Start(task)
         self.num_samples = order.length(0)
 
@@ -75,9 +89,16 @@ class Live:
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs are trained."""
+        """Whether all epochs are trained, or it has stopped getting better."""
+        return bool(self.end)
+
+    @property
+    def end(self) -> str:
+        """How it has come to its end: "done", "early", or "" where it has not."""
         epochs = self.journal.settings["epochs"]
-        return epochs is not None and self.epoch >= epochs
+        if epochs is not None and self.epoch >= epochs:
+            return "done"
+        return "early" if self.judging.is_over(self.history.epochs) else ""
 
     def edit(self, changes: dict[str, Any]) -> None:
         """Change settings by hand, from here on."""
@@ -118,11 +139,41 @@ class Live:
             self._start.go_back()
             self.window = None
 
-    def update(self, window: accumulation.Window) -> None:
+    def micro_step(self, given: tuple[int, Any], seed: int) -> None:
+        """Train one micro-batch of the window, under its key, and step when that fills it.
+
+        Args:
+            given: What a loader gives: (samples, batch).
+            seed: Of the key.
+        """
+        assert self.window is not None
+        num_samples, batch = given
+        randomness.seed(seed, "step", self.step, self.window.micro_step)
+        loss, n, output = self.forward.run(self.task, self.forward.moved(batch))
+        self.add(loss.squeeze(), num_samples if n is None else n, self.task.named(output))
+
+    def add(self, loss: Tensor, n: float, named: Mapping[str, Any]) -> None:
+        """Run backward for a micro-step's mean loss of n samples; step if it fills the window.
+
+        Args:
+            loss: Shape ().
+            n: Samples, tokens, boxes.
+            named: Other means over these, to be logged.
+        """
+        window = self.window
+        assert window is not None
+        window.add(loss, n, self.scaler)
+        window.log(named, n)
+        if window.is_full:
+            self._update(window)
+
+    def _update(self, window: accumulation.Window) -> None:
         """End a full window: clip, write the rates, step, count."""
         optimizer = self.task.optimizer
         groups = optimizer.param_groups
         self.is_torn = True
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)  # the norm is clipped of what will be applied
         loss = window.finish((p for group in groups for p in group["params"]), self._clip_norm)
         if self.journal.writes_rates:
             for group, lr in zip(groups, self.journal.rates(self.progress), strict=True):
@@ -131,13 +182,18 @@ class Live:
                 else:
                     group["lr"] = lr
         lr = float(groups[0]["lr"])
-        optimizer.step()
+        if self.scaler is None:
+            optimizer.step()
+        else:  # which leaves a step out where a gradient is not finite; its window counts all the same
+            self.scaler.step(optimizer)
+            self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.task.average(self.step)
         self.position += window.num_samples
         self.window = None
         self.is_torn = False
-        self._pending.append((self._row(lr), loss))
+        self._pending.append((self._row(lr), loss, window.named))
 
     def settle(self) -> None:
         """Read the losses off the device, into the history.
@@ -148,11 +204,16 @@ class Live:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        losses = torch.stack([loss for _, loss in pending]).tolist()
-        for (row, _), loss in zip(pending, losses, strict=True):
+        losses = torch.stack([loss for _, loss, _ in pending]).tolist()
+        for (row, _, named), loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise self._spoilt(f"The loss is {loss}", row)
-            self.history.add(loss=loss, **row)
+            means = {}
+            for name, (value, n) in named.items():
+                means[name] = float(value) / n
+                total, weight = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = total + float(value), weight + n
+            self.history.add(loss=loss, **row, **means)
             self.loss = loss
 
     def check(self) -> None:
@@ -169,9 +230,10 @@ class Live:
 
     def close_epoch(self, metrics: dict[str, float]) -> dict[str, float]:
         """End the epoch, writing into the history what its validation gave and what was logged."""
-        metrics = self.logged | metrics
+        means = {f"train_{name}": total / n for name, (total, n) in self._sums.items()}
+        metrics = means | self.logged | metrics
         self.note(metrics)
-        self.logged = {}
+        self.logged, self._sums = {}, {}
         self.epoch, self.position = self.epoch + 1, 0
         self.num_samples = self._order.length(self.epoch)
         return metrics
@@ -198,9 +260,11 @@ class Live:
             "stages": [dict(stage) for stage in self.stages],
             "train_s": self.train_s,
             "logged": trees.flatten(self.logged, "logged", {}),
+            "sums": trees.flatten(self._sums, "sums", {}),
             "loss": None if math.isnan(self.loss) else self.loss,
             "journal": self.journal.state_dict(),
             "trees": found,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
         return model, tensors, state
 
@@ -217,9 +281,17 @@ class Live:
         self.stage, self.stages = state["stage"], list(state["stages"])
         self.train_s, self.logged = state["train_s"], trees.restore(state["logged"], {})
         self.loss = math.nan if state["loss"] is None else state["loss"]
+        self._sums = trees.restore(state.get("sums", {}), {})
         self.num_samples = self._order.length(self.epoch)
         self.task.optimizer.zero_grad(set_to_none=True)
         self.window, self.is_torn, self._pending = None, False, []
+        self.adopt(state.get("scaler"))
+
+    def adopt(self, scaling: dict[str, Any] | None) -> None:
+        """Scale gradients as another did; afresh where it did not, and not at all without fp16."""
+        self.scaler = self.forward.new_scaler()
+        if self.scaler is not None and scaling is not None:
+            self.scaler.load_state_dict(scaling)
 
     def _spoilt(self, what: str, row: dict[str, Any]) -> LossError:
         self.is_torn = True

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from nbtrain import randomness
 from nbtrain.bar import Bar, Pace, number
-from nbtrain.data import Epoch, Loader, moved
+from nbtrain.data import Epoch, Loader
 from nbtrain.driving import Driven
 from nbtrain.errors import SessionError
 from nbtrain.keeping import Keeping
@@ -52,7 +53,7 @@ class Loop(Driven):
         self._bar = self.bar(shown=False)
         self._fed: int | None = None
         self._running_loop: Callable[[], Generator[Epoch] | None] = lambda: None
-        self._is_save_asked = False
+        self._is_save_asked = self._is_cast = False
         self._settle_at = 0.0
         self._pace = Pace()
         self.keeping = Keeping(name, opened, live, self.lines, save_every_s)
@@ -68,15 +69,23 @@ class Loop(Driven):
         self._running_loop = weakref.ref(loop)
         return loop
 
-    def update(self, loss: Tensor, n: float | None) -> None:
+    def update(self, loss: Tensor, n: float | None, named: Mapping[str, Any]) -> None:
         """Add a micro-step to the window, and step when that fills it."""
         window = self.live.window
         if window is None or self._fed is None or self.runs_elsewhere:
             raise SessionError("update() goes with a batch: call it once inside the session's loop.")
-        window.add(loss, self._fed if n is None else n)
-        self._fed = None
-        if window.is_full:
-            self.live.update(window)
+        if not self._is_cast and self.live.forward.precision != "fp32":
+            raise SessionError(
+                f"This loss was not computed in {self.live.forward.precision}. Write: "
+                "with session.autocast(): loss = ..., and session.update(loss) after it."
+            )
+        num_samples, self._fed = self._fed, None
+        self.live.add(loss, num_samples if n is None else n, named)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of one forward pass."""
+        self._is_cast = True
+        return self.live.forward.autocast()
 
     def save(self) -> None:
         """Commit now; from another thread than the loop's, at the next boundary."""
@@ -113,7 +122,7 @@ class Loop(Driven):
     def _epochs(self) -> Generator[Epoch]:
         live = self.live
         if live.is_done:
-            self.state = self.reason = "done"
+            self.state, self.reason = "done", live.end
             self.keeping.say_goodbye(self.reason, is_own=self.is_own)
             return
         with self._running():
@@ -131,6 +140,7 @@ class Loop(Driven):
                         f"Nothing of epoch {live.epoch} was trained in the loop's body. "
                         "Write: for batch in epoch: ... session.update(loss)."
                     )
+            self.reason = self.reason or live.end
 
     def _batches(self) -> Iterator[Any]:
         # Above it only sees that it is closed; what went wrong has to be told it here.
@@ -143,6 +153,8 @@ class Loop(Driven):
     def _windows(self) -> Iterator[Any]:
         opened, live = self._opened, self.live
         while self._boundary() and (window := live.next_window()) is not None:
+            if live.judging.is_due(live.step, live.history.epochs) and not self._validate_within():
+                continue
             began = opened.clock()
             live.begin(window)
             settings = live.journal.settings
@@ -150,7 +162,8 @@ class Loop(Driven):
             while not window.is_full:
                 self._fed, batch = next(opened.train)
                 randomness.seed(opened.seed, "step", live.step, window.micro_step)
-                yield moved(batch, opened.device)
+                self._is_cast = False
+                yield live.forward.moved(batch)
                 if live.window is not window and not window.is_full:
                     raise SessionError("This loop was ended by a newer one of the same session.")
                 if self._fed is not None:
@@ -209,17 +222,39 @@ class Loop(Driven):
         return goes_on
 
     def _close_epoch(self) -> None:
-        self.live.settle()
-        valid = self._opened.valid
-        metrics = {} if valid is None else self._validate(valid)
+        live, valid = self.live, self._opened.valid
+        live.settle()
+        epochs = live.journal.settings["epochs"]
+        is_due = valid is not None and live.judging.is_due_at_end(live.step, live.epoch + 1, epochs)
+        metrics = self._validate(valid) if valid is not None and is_due else {}
         if metrics is None:  # cut: the place stays at the epoch's end, where it is done again
             return
-        written = self.live.close_epoch(metrics)
-        words_of = ", ".join(f"{name} {number(value)}" for name, value in written.items())
-        ended = f"epoch {self.live.epoch}: loss {number(self.live.loss)}, {words_of}"
-        self.lines.say(ended.rstrip(", "))
+        if is_due:
+            live.judging.check(live.logged | metrics)
+        written = live.close_epoch(metrics)
+        self._tell(f"epoch {live.epoch}", written, is_due)
         self._opened.train.turn()
-        self.keeping.request("", valid_loss=written.get("valid_loss"))
+        self.keeping.request("", written)
+
+    def _validate_within(self) -> bool:
+        """Validate inside an epoch, between two windows; False where that was cut, or ends the run."""
+        live, valid = self.live, self._opened.valid
+        if valid is None:
+            return True
+        live.settle()
+        metrics = self._validate(valid)
+        if metrics is None:  # it is done again when the loop is here again
+            return False
+        live.note(metrics)
+        self._tell(f"epoch {live.progress:.2f}, step {live.step}", metrics, True)
+        self.keeping.request("", metrics)
+        self.reason = self.reason or live.end
+        return not self.reason
+
+    def _tell(self, at: str, written: dict[str, float], is_validated: bool) -> None:
+        words_of = ", ".join(f"{name} {number(value)}" for name, value in written.items())
+        whose = " (of the EMA)" if is_validated and self.live.task.ema is not None else ""
+        self.lines.say(f"{at}: loss {number(self.live.loss)}, {words_of}{whose}".rstrip(", "))
 
     def _validate(self, loader: Loader) -> dict[str, float] | None:
         if not self._may_go_on("validation"):
@@ -230,7 +265,7 @@ class Loop(Driven):
             loader,
             opened.valid_batch,
             seed=opened.seed,
-            device=opened.device,
+            forward=opened.forward,
             proceed=lambda: self._may_go_on("window"),
         )
         if metrics is not None:

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, Subset
 
 from nbtrain import randomness, task
 from nbtrain.errors import DataError, TaskError
+from nbtrain.forward import Forward
 from nbtrain.journal import SETTINGS, Journal
+from nbtrain.live import Live
 from nbtrain.reading import Reading
 from nbtrain.space import Domain
 from nbtrain.task import Task
@@ -53,7 +55,7 @@ class Maker:
     ) -> None:
         self.build, self._arguments = build, arguments
         self.seed, self.device = arguments["seed"], device
-        self.clip_norm = arguments["clip_norm"]
+        self.forward = Forward.of(arguments, device)
         self.given, self.settings = split(build, space)
         self._check_settings(space)
         self.split: list[Any] = []
@@ -66,7 +68,7 @@ class Maker:
             DataError: the data are split otherwise than for the members before.
         """
         built = self.built(hyperparameters)
-        built.model.to(self.device)
+        self.forward.prepare(built)
         if built.valid is None:
             raise TaskError(
                 "Task(valid=) is None, and members are judged by their validation. Give valid=."
@@ -80,6 +82,11 @@ class Maker:
             valid_seed=self.seed,  # one model has one score, whosever it is
             device=self.device,
         )
+
+    def live(self, read: Reading) -> Live:
+        """Return what will be trained of a member, at its start."""
+        drop_last, clip_norm = read.source.drop_last, self._arguments["clip_norm"]
+        return Live(read.task, read.journal, read.order, drop_last, self.forward, clip_norm)
 
     def built(self, hyperparameters: Mapping[str, Any]) -> Task:
         """Call build under its key."""

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbtrain import making, parking, randomness, trees
+from nbtrain import making, parking, trees
 from nbtrain.checkpoint import Snapshot
-from nbtrain.data import moved
 from nbtrain.errors import DataError, TaskError
 from nbtrain.evolution import Turn
 from nbtrain.journal import SETTINGS
@@ -104,7 +103,7 @@ class Member:
         """
         self.drop()
         read = self._maker.make(self.id, turn.hyperparameters)
-        live = Live(read.task, read.journal, read.order, read.source.drop_last, self._maker.clip_norm)
+        live = self._maker.live(read)
         self._options = making.options(read.task.optimizer)
         if found is not None:
             self._take_over(found, turn, live, read)
@@ -170,11 +169,7 @@ class Member:
             live.begin(window)
             read.train.start(live.epoch, live.position, settings["batch_size"], settings["epochs"])
             while not window.is_full:
-                num_samples, batch = _next(read)
-                randomness.seed(read.seed, "step", live.step, window.micro_step)
-                loss, n, _ = read.task.run(moved(batch, self._maker.device))
-                window.add(loss.squeeze(), num_samples if n is None else n)
-            live.update(window)
+                live.micro_step(_next(read), read.seed)
             took_s = clock() - began
             live.train_s += took_s
             observe("window", took_s)
@@ -197,7 +192,7 @@ class Member:
             read.valid,
             read.valid_batch,
             seed=self._maker.seed,
-            device=self._maker.device,
+            forward=self._maker.forward,
             proceed=lambda: proceed("window"),
         )
         if metrics is None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nbtrain import checkpoint, grades, host, parts, randomness, recipe, replaying, task
+from nbtrain.arguments import ARGUMENTS, check, check_name
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
@@ -31,18 +32,15 @@ from nbtrain.errors import (
     SessionError,
     explain,
 )
-from nbtrain.journal import SETTINGS, check
+from nbtrain.forward import Forward, use_tf32
+from nbtrain.journal import SETTINGS
+from nbtrain.judging import Judging
 from nbtrain.live import Live
-from nbtrain.reading import DEFAULT_BATCH, Reading
+from nbtrain.reading import Reading
 from nbtrain.saving import Saver
 from nbtrain.stores import FolderStore, find_store
 
-ARGUMENTS = (
-    *(name for name in SETTINGS if name != "lr"),
-    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget", "deterministic", "replay"),
-)
 UNKNOWN_LIMIT_S = 9 * 3600.0
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 IMPORTED = secrets.token_hex(8)
 
 _open: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
@@ -69,7 +67,7 @@ class Ground:
         levels: int,
     ) -> None:
         check_name(name)
-        check_arguments(arguments)
+        check(arguments)
         self.host = host.detect()
         self.clock = clock or host.boot_clock
         self.budget, self.clock_words = make_budget(self.host, budget, started_at, self.clock)
@@ -91,6 +89,7 @@ class Ground:
         if arguments["deterministic"]:
             randomness.deterministic()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        use_tf32(arguments.get("tf32"), self.device)
 
     @property
     def recipe_source(self) -> str:
@@ -136,7 +135,9 @@ class Opened(Ground):
         self.replay = replaying.of(build, arguments["replay"], self.seed)
         first = self.replay.first if self.replay is not None else {}
         self.task = _task(self.replay.built if self.replay is not None else build, fields)
-        self.task.model.to(self.device)
+        self.forward = Forward.of(arguments, self.device)
+        self.forward.prepare(self.task)
+        self.judging = Judging.of(arguments)
         read = Reading(self.task, arguments | first, seed=self.seed, device=self.device)
         if self.replay is not None:
             self.replay.check(self.task, read.journal)
@@ -147,6 +148,13 @@ class Opened(Ground):
         self.valid, self.valid_batch = read.valid, read.valid_batch
         self._groups = read.group_lrs
 
+    def live(self) -> Live:
+        """Return what will be trained, at its start."""
+        drop_last, clip_norm = self.source.drop_last, self.arguments["clip_norm"]
+        return Live(
+            self.task, self.journal, self.order, drop_last, self.forward, clip_norm, self.judging
+        )
+
     def fingerprint(self, live: Live) -> dict[str, Any]:
         """Return what can change a bit here and now, as plain values."""
         return grades.fingerprint(
@@ -155,6 +163,8 @@ class Opened(Ground):
             micro_batch=live.journal.settings["batch_size"],
             num_workers=self.train.num_workers,
             recipe=self.recipe.code_sha256[:12] if self.recipe else "",
+            precision=self.forward.precision,
+            channels_last=self.forward.channels_last,
         )
 
     def identity(self, live: Live) -> dict[str, Any]:
@@ -238,35 +248,6 @@ class Opened(Ground):
 def kernel() -> str:
     """Return what tells this process from any other, also from one that it was forked from."""
     return f"{IMPORTED}-{os.getpid()}"
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that is no plain folder name, such as "../x"."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ValueError(
-            f"name={name!r} is no name for a session. Use letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit."
-        )
-
-
-def check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse what makes no sense before `build` is called, which may take minutes."""
-    keep, seed, clip_norm = (arguments[name] for name in ("keep", "seed", "clip_norm"))
-    if type(arguments["deterministic"]) is not bool:
-        raise ValueError(f"deterministic={arguments['deterministic']!r} must be True or False.")
-    if type(keep) is not int or keep < 2:
-        raise ValueError(
-            f"keep={keep!r} must be a whole number from 2 up: one damaged file is then not the end."
-        )
-    if type(seed) is not int:
-        raise ValueError(f"seed={seed!r} must be a whole number.")
-    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
-        raise ValueError(f"clip_norm={clip_norm!r} must be a number above 0, or None.")
-    seconds(arguments["save_every"])
-    settings = {name: arguments.get(name) for name in SETTINGS}
-    if settings["batch_size"] is None:  # the DataLoader's, which is not known yet
-        settings["batch_size"] = DEFAULT_BATCH
-    check(settings)
 
 
 def stores(store: Any, here: host.Host) -> list[Any]:

@@ -63,9 +63,14 @@ class Room:
 
 
 def _move(task: Task, to: Callable[[Tensor], Tensor]) -> None:
-    modules = [task.model, *(part for part in task.parts.values() if isinstance(part, nn.Module))]
+    averages = [] if task.ema is None else [task.ema]
+    modules = [
+        task.model,
+        *averages,
+        *(part for part in task.parts.values() if isinstance(part, nn.Module)),
+    ]
     for module in modules:
-        module._apply(to)  # type: ignore[no-untyped-call]
+        module._apply(to)
     for state in task.optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor):

@@ -7,12 +7,13 @@ is written before each step.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbtrain import trees
 from nbtrain.errors import CheckpointError, NbtrainWarning, explain
@@ -94,6 +95,8 @@ def take(
         "history": trees.flatten(history.state_dict(), "history", tensors),
         "parts": {},
     }
+    if task.ema is not None:
+        found["ema"] = trees.flatten(task.ema.state_dict(), "ema", tensors)
     for name, part in task.parts.items():
         if start is not None:
             copies, found["parts"][name] = start.parts[name]
@@ -124,6 +127,11 @@ def put(
         type(task.optimizer).__name__,
     )
     _check_same("The parts are others.", sorted(found["parts"]), sorted(task.parts))
+    sides = [f"{'an' if there else 'no'} EMA" for there in ("ema" in found, task.ema is not None)]
+    _check_same("There is no EMA on both sides.", *sides)
+    ema = {} if task.ema is None else trees.restore(found["ema"], tensors)
+    if task.ema is not None:
+        _check_model(ema, task.ema.state_dict(), "EMA")
     optimizer = trees.restore(found["optimizer"], tensors)
     _check_same(
         "The optimizer's groups hold other numbers of parameters.",
@@ -131,6 +139,8 @@ def put(
         [len(group["params"]) for group in task.optimizer.param_groups],
     )
     task.model.load_state_dict(state)
+    if task.ema is not None:
+        task.ema.load_state_dict(ema)
     _put_optimizer(task.optimizer, optimizer)
     history.load_state_dict(trees.restore(found["history"], tensors))
     for name, part in task.parts.items():
@@ -143,16 +153,29 @@ def weights(model: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, 
     return state
 
 
+def model_of(
+    task: Task, model: Mapping[str, Tensor], tensors: Mapping[str, Tensor], found: Mapping[str, Any]
+) -> nn.Module:
+    """Return a copy of a task's model with the weights that were taken: its EMA's, where it has one."""
+    made = copy.deepcopy(task.validated.model)
+    state = weights(model, found)
+    if task.ema is not None:
+        ema = trees.restore(found["ema"], tensors)
+        state = {n.removeprefix("module."): v for n, v in ema.items() if n.startswith("module.")}
+    made.load_state_dict(state)
+    return made
+
+
 def _check_same(what: str, there: object, here: object) -> None:
     if there != here:
         raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=MISFIT))
 
 
-def _check_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _check_model(there: Mapping[str, Any], here: Mapping[str, Any], which: str = "model") -> None:
     for name in [*there, *here]:
         sides = [_form(side.get(name)) if name in side else "absent" for side in (there, here)]
         if sides[0] != sides[1]:
-            what = f"The model does not fit at {name!r}."
+            what = f"The {which} does not fit at {name!r}."
             raise CheckpointError(explain(what, checkpoint=sides[0], session=sides[1], way_out=MISFIT))
 
 

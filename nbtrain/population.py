@@ -17,6 +17,8 @@ import torch
 from nbtrain import ancestry, data, engines, founding, host, opening, standing, waiting
 from nbtrain import space as spaces
 from nbtrain.ancestry import Schedule
+from nbtrain.arguments import ARGUMENTS as OF_SESSION
+from nbtrain.arguments import speed as of_speed
 from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.errors import NbtrainWarning, SessionError
@@ -32,7 +34,7 @@ from nbtrain.validation import validate
 ARGUMENTS = (
     *founding.FROZEN,
     *("engine", "resources"),
-    *(name for name in opening.ARGUMENTS if name not in (*founding.FROZEN, "keep")),
+    *(name for name in OF_SESSION if name not in (*founding.FROZEN, "keep")),
 )
 
 
@@ -70,6 +72,7 @@ class Population:
         resources: For "ray": Ray's options for each worker, such as {"num_cpus": 2, "num_gpus": 0.25};
             None is 1 CPU, and 1 GPU where the cluster has some. What shares a GPU must fit on it.
         bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
+        **speed: precision, channels_last, compile and tf32, as for `Session`.
 
     Raises:
         ValueError: an argument makes no sense.
@@ -118,12 +121,12 @@ class Population:
         resources: Mapping[str, Any] | None = None,
         bar: bool = True,
         clock: Callable[[], float] | None = None,
+        **speed: Any,
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k in ARGUMENTS}
+        arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | of_speed(speed)
         evolution = founding.evolution(arguments)
-        self.name, self._shows = name, bar
         self._ground = Ground(name, build, store, budget, started_at, device, clock, arguments, 2)
-        self.budget = self._ground.budget
+        self.name, self._shows, self.budget = name, bar, self._ground.budget
         self._maker = Maker(build, evolution.space, arguments, self._ground.device)
         # First, because one that is paused saves now, and that is where to go on from.
         opening.retire(name, self._ground)
@@ -293,7 +296,7 @@ class Population:
         """
         self._rounds.best()
         ground = self._ground
-        same = {k: v for k, v in ground.arguments.items() if k in opening.ARGUMENTS and k != "keep"}
+        same = {k: v for k, v in ground.arguments.items() if k in OF_SESSION and k != "keep"}
         own = {
             "store": ground.store,
             "device": ground.device,
@@ -327,15 +330,14 @@ class Population:
                 stacklevel=2,
             )
         task = self._maker.built(row.hyperparameters)
-        task.model = rounds.storing.model(row)
+        task.model, task.ema = rounds.storing.model(row), None
         source = data.source(dataset, "test", shuffle=False, collate=task.collate)
         source.drop_last = False
         size = source.batch_size or ground.arguments["batch_size"] or DEFAULT_BATCH
         order = data.Order(source, ground.seed)
         loader = data.Loader(source, (ground.seed, "test"), order, size, 0)
-        found = validate(
-            task, loader, size, seed=ground.seed, device=ground.device, proceed=lambda: True
-        )
+        seed, forward = ground.seed, self._maker.forward
+        found = validate(task, loader, size, seed=seed, forward=forward, proceed=lambda: True)
         metrics = {name.replace("valid_", "test_"): value for name, value in (found or {}).items()}
         tests.append({"round": row.round, "member": row.member, **metrics})
         rounds.storing.note()

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import parts, randomness, trees
-from nbtrain.data import moved
+from nbtrain import parts, trees
 from nbtrain.errors import CheckpointError
 from nbtrain.history import History
 from nbtrain.journal import Journal
@@ -42,7 +41,10 @@ def seen(opened: Opened, live: Live, *, trains: bool) -> dict[str, Any]:
     """
     task, settings = opened.task, live.journal.settings
     journal = Journal.from_state_dict(live.journal.state_dict())
-    twin = Live(task, journal, opened.order, opened.source.drop_last, opened.arguments["clip_norm"])
+    twin = opened.live()
+    twin.journal = journal
+    scaling = None if live.scaler is None else live.scaler.state_dict()
+    twin.adopt(scaling)
     twin.step, twin.epoch, twin.position = live.place
     twin.num_samples, beyond = live.num_samples, ""
     window, epochs = twin.next_window(), settings["epochs"]
@@ -58,7 +60,11 @@ def seen(opened: Opened, live: Live, *, trains: bool) -> dict[str, Any]:
         "place": list(live.place),
         "beyond": beyond,
         "kernel": opened.fingerprint(live) | {"autocast": is_autocast},
-        "loaded": _bits(task, live.history) | {"settings": _hash(journal.state_dict())},
+        "loaded": _bits(task, live.history)
+        | {
+            "settings": _hash(journal.state_dict()),
+            "scaler": _hash(scaling),
+        },
     }
     if not task.model.training:
         task.model.train()
@@ -71,14 +77,11 @@ def seen(opened: Opened, live: Live, *, trains: bool) -> dict[str, Any]:
         num_samples, batch = given[-1]
         samples[f"micro-batch {len(given)}"] = _hash_of_batch(batch)
         if trains:
-            randomness.seed(opened.seed, "step", twin.step, window.micro_step)
             # A copy, because the user's step may write into what is to be given again.
-            loss, n, _ = task.run(moved(copy.deepcopy(batch), opened.device))
-            window.add(loss.squeeze(), num_samples if n is None else n)
+            twin.micro_step((num_samples, copy.deepcopy(batch)), opened.seed)
     opened.train.put_back(given)
     found["samples"] = samples
     if trains:
-        twin.update(window)
         assert window.loss is not None
         found["trained"] = hashed({"loss": window.loss}) | _bits(task, History())
     return found

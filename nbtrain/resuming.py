@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbtrain import checkpoint, host, opening
+from nbtrain.arguments import ARGUMENTS, check_name
 from nbtrain.checkpoint import Manifest
 from nbtrain.errors import CheckpointError, RecipeError, SessionError, TrustError
 from nbtrain.population import Population
@@ -54,12 +55,12 @@ def resume(
         build = stored.load(name)
     if state.get("kind") == "population":
         return Population.reopened(name, build, state["arguments"], store=store, **changes)
-    arguments = {k: v for k, v in state["arguments"].items() if k in opening.ARGUMENTS}
+    arguments = {k: v for k, v in state["arguments"].items() if k in ARGUMENTS}
     return Session(name, build, store=store, **(arguments | changes))
 
 
 def _found(name: str, places: list[Any]) -> list[Manifest]:
-    opening.check_name(name)
+    check_name(name)
     if found := checkpoint.find(places, name):
         return found
     there = ", ".join(checkpoint.sessions(places)) or "no session at all"
@@ -116,7 +117,9 @@ def _check_recipe(name: str, stored: Recipe) -> None:
 
 def _shown(name: str, store: Any, newest: Manifest, best: Manifest | None, stored: Recipe) -> str:
     facts = newest.facts
-    score = f"best validation loss {best.facts['valid_loss']:.4g}" if best else "no validation yet"
+    judged = checkpoint.score(best.facts) if best else None
+    metric = "validation loss" if judged and judged[0] == "valid_loss" else judged and judged[0]
+    score = f"best {metric} {judged[2]:.4g}" if judged else "no validation yet"
     lines = stored.source.splitlines()
     code = "\n".join(f"{number:4d} | {line}" for number, line in enumerate(lines, 1))
     where = "" if store is None else f"store={str(store)!r}, "

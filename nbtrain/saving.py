@@ -139,7 +139,7 @@ class Saver:
 
     def request(self, snapshot: Snapshot) -> None:
         """Commit a snapshot soon; one with a validation is not replaced by a newer one."""
-        self._commits.submit(snapshot, needed=snapshot.facts.get("valid_loss") is not None)
+        self._commits.submit(snapshot, needed=checkpoint.score(snapshot.facts) is not None)
 
     def wait(self, *, copies: bool = True, timeout_s: float | None = None) -> bool:
         """Wait for what was requested; False when the time ran out before the copy was done."""
@@ -178,7 +178,7 @@ class Saver:
         )
 
     def best(self) -> Manifest | None:
-        """Return the checkpoint with the lowest validation loss, near or far."""
+        """Return the checkpoint with the best score, near or far."""
         return checkpoint.best_of(m for place in self._good for m in self._known(place))
 
     def _known(self, place: str) -> list[Manifest]:

@@ -7,31 +7,28 @@ on `for batch in session`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbtrain import auditing, checkpoint, host, opening, parts, rehearsal, status, waiting
+from nbtrain.arguments import ARGUMENTS
 from nbtrain.auditing import Audit
-from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.data import Epoch
 from nbtrain.errors import SessionError
-from nbtrain.history import History
-from nbtrain.journal import Journal
-from nbtrain.live import Live
+from nbtrain.facts import Facts
 from nbtrain.loop import Loop
 from nbtrain.opening import Opened
 from nbtrain.rehearsal import Rehearsal
-from nbtrain.task import Task
+from nbtrain.task import Task, check_names
 
 
-class Session:
+class Session(Facts):
     """A training run that goes on where it was, in this kernel or the next.
 
     Give `build`, a function without required arguments that returns a `Task`; or the fields of a
@@ -54,9 +51,18 @@ class Session:
         warmup_epochs, warmup, decay, milestones, gamma: See `Schedule`.
         base_lr, base_batch: Linear scaling: the rate, and the batch it was for.
         clip_norm: Largest norm of a step's gradient; None does not clip.
+        precision: "fp32"; "bf16" or "fp16", of the forward pass; "mixed" is the one that the device is
+            fast at. A loop of your own enters it by `with session.autocast():`.
+        channels_last: Whether images and convolutions lie channels last, often faster with 16 bits.
+        compile: Whether the model is compiled; or the arguments of `torch.compile` as a dict.
+        tf32: Whether a GPU may round float32 products to TF32; None leaves torch's switches.
         device: None is the GPU if there is one.
         deterministic: Whether an operation whose bits may vary on one machine raises, where torch
             has no other form of it; on a GPU slower. False leaves torch's switches as they are.
+        metric, direction: Which is the best: a metric of the task, "valid_loss", or what `log` is told;
+            "max" or "min", None is "min" for a name that ends in loss or error.
+        patience: Validations without a better one that end the run early; None never does.
+        validate_every: "1 epoch", "500 steps"; None never. The last epoch's end always has one.
         keep: Checkpoints to keep besides the best, at least 2.
         save_every: Longest time between two saves, besides those at the end of each epoch.
         replay: A schedule of hyperparameters to follow, as `Population.schedule` is one.
@@ -93,8 +99,16 @@ class Session:
         base_lr: float | None = None,
         base_batch: int | None = None,
         clip_norm: float | None = None,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        compile: bool | dict[str, Any] = False,
+        tf32: bool | None = None,
         device: str | torch.device | None = None,
         deterministic: bool = False,
+        metric: str = "valid_loss",
+        direction: str | None = None,
+        patience: int | None = None,
+        validate_every: str | None = "1 epoch",
         keep: int = 3,
         save_every: str | float = "5m",
         replay: Any = None,
@@ -102,13 +116,13 @@ class Session:
         clock: Callable[[], float] | None = None,
         **task: Any,
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k in opening.ARGUMENTS}
+        arguments = {k: v for k, v in locals().items() if k in ARGUMENTS}
         opened = Opened(name, build, task, store, budget, started_at, device, clock, arguments)
         self.name, self.budget = name, opened.budget
         self._opened = opened
         # First, because a loop that an error left behind saves now, and that is where to go on from.
         opening.retire(name, opened)
-        self._live = Live(opened.task, opened.journal, opened.order, opened.source.drop_last, clip_norm)
+        self._live = opened.live()
         self._loop = Loop(name, opened, self._live, seconds(save_every) or math.inf, bar)
         opening.register(name, opened, self._loop)
         self._shows = bar
@@ -160,8 +174,9 @@ class Session:
         with closing(iter(self)) as batches:
             for batch in batches:
                 try:
-                    loss, n, _ = self.task.run(batch)
-                    self.update(loss, n=n)
+                    with self.autocast():
+                        loss, n, output = self.task.run(batch)
+                    self.update(loss, n=n, **self.task.named(output))
                 except Exception:
                     self._loop.reason = "error"  # the loop itself only sees that it is closed
                     raise
@@ -180,16 +195,19 @@ class Session:
         """
         return self._loop.epochs()
 
-    def update(self, loss: Tensor, n: float | None = None) -> None:
+    def update(self, loss: Tensor, n: float | None = None, **named: Any) -> None:
         """Do backward; and at the end of the window clip, set the rates, step, and count.
 
         Args:
             loss: The micro-batch's mean loss, shape ().
             n: What it is the mean of: samples, tokens; the batch's samples if None.
+            **named: Other means over these, such as kl=...: into the history, averaged over the window
+                there, and at the epoch's end over the epoch, as train_kl.
 
         Raises:
             SessionError: there is no batch that waits for its loss.
             ValueError: the loss has no gradient, is no scalar, or n is not above 0.
+            TaskError: what is named is no number, or has a name that is taken.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
@@ -198,7 +216,16 @@ class Session:
             )
         if n is not None and not n > 0:
             raise ValueError(f"n={n!r} must be above 0: what the loss is the mean of.")
-        self._loop.update(loss.squeeze(), n)
+        check_names(named)
+        self._loop.update(loss.squeeze(), n, named)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute a batch's forward pass and loss in this: it enters the session's precision.
+
+        Not `update`, and nothing else: `with session.autocast(): loss = criterion(model(x), y)`.
+        With "fp32" it does nothing.
+        """
+        return self._loop.autocast()
 
     def log(self, **metrics: float) -> None:
         """Write metrics of your own into the history, at the end of this epoch."""
@@ -264,68 +291,9 @@ class Session:
         self._loop.await_end()
         return auditing.audit_session(self.name, self._opened, self.journal.settings, steps)
 
-    @property
-    def state(self) -> str:
-        """One of "ready", "running", "paused", "stopped", "done", "failed"."""
-        return self._loop.state
-
-    @property
-    def reason(self) -> str:
-        """What ended the loop: "budget", "interrupt", "terminate", "stop", "pause", "error"."""
-        return self._loop.reason
-
-    @property
-    def asked(self) -> str:
-        """The order that waits for the next boundary: "", "pause", "stop", "save", "set"."""
-        return self._loop.asked
-
-    @property
-    def task(self) -> Task:
-        """Model, optimizer, data and loss."""
-        return self._live.task
-
-    @property
-    def history(self) -> History:
-        """What was seen, step by step."""
-        return self._live.history
-
-    @property
-    def journal(self) -> Journal:
-        """The settings in force and every change of them."""
-        return self._live.journal
-
-    @property
-    def stage(self) -> int:
-        """The number of this stretch in one kernel, from 1."""
-        return self._live.stage
-
-    @property
-    def step(self) -> int:
-        """Optimizer updates done."""
-        return self._live.step
-
-    @property
-    def epoch(self) -> int:
-        """Epochs done."""
-        return self._live.epoch
-
-    @property
-    def progress(self) -> float:
-        """Samples seen, as epochs."""
-        return self._live.progress
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all epochs are trained."""
-        return self._live.is_done
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step, first group."""
-        return self._live.lr
-
     def best(self) -> torch.nn.Module:
-        """Return a copy of the model with the weights of the lowest validation loss, in eval mode.
+        """Return a copy of the model with the best weights by `metric`, in eval mode; of its EMA if
+        the task has one, for that is what is validated.
 
         The session's own model is left as it is, so training can go on.
 
@@ -338,21 +306,14 @@ class Session:
         if manifest is None:
             raise SessionError(
                 "There is no best yet: no epoch with validation was saved. "
-                "Give valid=, or session.log(valid_loss=...)."
+                f"Give valid=, or session.log({self._live.judging.metric}=...)."
             )
-        model = copy.deepcopy(self.task.model)
-        snapshot = checkpoint.load(manifest)
-        model.load_state_dict(parts.weights(snapshot.model, snapshot.state["trees"]))
-        return model.eval()
+        found = checkpoint.load(manifest)
+        return parts.model_of(self.task, found.model, found.tensors, found.state["trees"]).eval()
 
     def status(self) -> dict[str, Any]:
         """Return what is known now, as plain values; times in seconds."""
         return status.of(self, self._opened, self._loop)
-
-    @property
-    def lines(self) -> list[str]:
-        """What the session has said, oldest first; the last some hundred lines."""
-        return self._loop.lines.last()
 
     def panel(self) -> None:
         """Show the panel in this cell: live curves, and every control; shown again it is the same one.
@@ -382,10 +343,3 @@ class Session:
 
             self._face = Face(self)
         return self._face
-
-    def __repr__(self) -> str:
-        why = f" ({self.reason})" if self.reason not in ("", self.state) else ""
-        return (
-            f"<session {self.name!r}: {self.state}{why}, stage {self.stage}, "
-            f"epoch {self.progress:.2f}, step {self.step}, loss {number(self._live.loss)}>"
-        )

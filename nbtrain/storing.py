@@ -132,10 +132,9 @@ class Storing:
         Raises:
             CheckpointError: they are no longer there, or cannot be read.
         """
-        model = self._maker.built(row.hyperparameters).model.to(self._maker.device)
-        found = self.state(row)
-        model.load_state_dict(parts.weights(found.model, found.state["trees"]))
-        return model
+        built, found = self._maker.built(row.hyperparameters), self.state(row)
+        model = parts.model_of(built, found.model, found.tensors, found.state["trees"])
+        return model.to(self._maker.device)
 
     def _request(
         self, key: Key | None, taken: Taken, step: int, progress: float, *, partial: bool = False

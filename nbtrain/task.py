@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nbtrain.errors import TaskError
+from nbtrain.history import COLUMNS
+
+TAKEN = (*COLUMNS, "n", "count")
 
 
 @runtime_checkable
@@ -34,11 +38,16 @@ class Task:
         valid: The same, for validation after each epoch; or None.
         loss: loss(output, target), the mean over the batch, shape ().
         metrics: By name, metric(output, target): the batch's mean, shape (), or a value for each
-            sample, shape (batch,). Averaged over all samples of the validation.
+            sample, shape (batch,). Averaged over all samples of the validation. Or an object with
+            `update`, `compute` and `reset`, as those of torchmetrics.
         step: step(model, batch), instead of the model on (x, y) and `loss`: the batch's mean loss,
-            or (sum of losses, count), which then makes the window's denominator.
+            or (sum of losses, count), which then makes the window's denominator; or a dict of "loss"
+            and others that are logged by name: means too, or with "count" sums over so many.
         collate: Makes a batch of a list of samples; torch's own by default.
         parts: By name, anything else with `state_dict` and `load_state_dict`.
+        ema: An average of the model's weights, updated after each step, and validated and kept as the
+            best in place of the model: torch.optim.swa_utils.AveragedModel(model, ...), or timm's
+            ModelEmaV3(model, ...).
     """
 
     model: nn.Module
@@ -46,10 +55,11 @@ class Task:
     train: Any
     valid: Any = None
     loss: Callable[[Any, Any], Tensor] = cross_entropy
-    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     step: Callable[[nn.Module, Any], Any] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     parts: Mapping[str, Part] = field(default_factory=dict)
+    ema: Any = None
 
     def check(self) -> Task:
         """Refuse a task that cannot be trained.
@@ -75,6 +85,7 @@ class Task:
                     f"The part {name!r}, a {_kind(part)}, has no state_dict and load_state_dict. "
                     "Give it both, or leave it out of parts."
                 )
+        self._check_ema()
         known = {id(p) for p in self.model.parameters()}
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not any(id(p) in known for p in held):
@@ -84,10 +95,55 @@ class Task:
             )
         return self
 
+    @property
+    def validated(self) -> Task:
+        """The task with the model that is validated: the average, where there is one."""
+        return self if self.ema is None else replace(self, model=self.ema.module)
+
+    def average(self, step: int) -> None:
+        """Update the average, if there is one, after so many optimizer updates."""
+        if self.ema is None:
+            return
+        if hasattr(self.ema, "update_parameters"):
+            self.ema.update_parameters(self.model)
+            return
+        if isinstance(drawn := getattr(self.ema, "_sr_generator", None), torch.Generator):
+            drawn.manual_seed(step)  # timm's, which rounds bf16 averages, and which no state_dict has
+        self.ema.update(self.model, step=step)
+
+    def named(self, output: Any) -> Mapping[str, Any]:
+        """Return what is logged by name, of what `run` gave last."""
+        return output if self.step is not None and output is not None else {}
+
+    def _check_ema(self) -> None:
+        ema = self.ema
+        if ema is None:
+            return
+        updates = hasattr(ema, "update_parameters") or hasattr(ema, "update")
+        inner = getattr(ema, "module", None)
+        if not (isinstance(ema, nn.Module) and isinstance(inner, nn.Module) and updates):
+            raise TaskError(
+                f"Task(ema=) is a {_kind(ema)}. Give torch.optim.swa_utils.AveragedModel(model, ...) "
+                "or timm.utils.ModelEmaV3(model, ...)."
+            )
+        if getattr(ema, "device", None) is not None:
+            raise TaskError(
+                f"Task(ema=) was made with device={ema.device!r}, and is validated where the model is. "
+                "Leave its device= out."
+            )
+        names = [sorted(module.state_dict()) for module in (self.model, inner)]
+        if inner is self.model or names[0] != names[1]:
+            raise TaskError("Task(ema=) averages another model. Make it from this one, after it.")
+
     def run(self, batch: Any) -> tuple[Tensor, float | None, Any]:
-        """Return (mean loss, what it was the mean of or None for samples, model output or None)."""
+        """Return (mean loss, what it was the mean of or None for samples, model output or None).
+
+        With `step` the last is what it gives besides the loss, by name, as means.
+        """
         if self.step is not None:
             result = self.step(self.model, batch)
+            if isinstance(result, Mapping):
+                return _read(result)
             if isinstance(result, tuple):
                 total, count = result
                 return total / count, float(count), None
@@ -120,6 +176,33 @@ def call(build: Callable[[], Any]) -> Task:
             "Let it return nbtrain.Task(model=..., optimizer=..., train=...)."
         )
     return task.check()
+
+
+def _read(found: Mapping[str, Any]) -> tuple[Tensor, float | None, dict[str, Any]]:
+    if "loss" not in found:
+        raise TaskError(
+            f'step returned a dict without "loss": {", ".join(map(str, found)) or "an empty one"}. '
+            'Give {"loss": mean, ...}, or {"loss": sum, "count": n, ...}.'
+        )
+    named = {name: value for name, value in found.items() if name not in ("loss", "count")}
+    check_names(named)
+    count = found.get("count")
+    if count is None:
+        return found["loss"], None, named
+    return found["loss"] / count, float(count), {n: value / count for n, value in named.items()}
+
+
+def check_names(named: Mapping[str, Any]) -> None:
+    """Refuse what cannot be logged by its name.
+
+    Raises:
+        TaskError: says which, and why.
+    """
+    for name, value in named.items():
+        if not isinstance(name, str) or name in TAKEN:
+            raise TaskError(f"{name!r} cannot be logged: the history has it. Take another name.")
+        if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+            raise TaskError(f"{name!r} is a {_kind(value)}. Give a number, or a tensor of one.")
 
 
 def _kind(value: object) -> str:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from nbtrain import data, opening, randomness, task
+from nbtrain.arguments import check_speed
 from nbtrain.evidence import digest
+from nbtrain.forward import Forward
 from nbtrain.journal import SETTINGS, check
 from nbtrain.live import Live
 from nbtrain.reading import DEFAULT_BATCH, Reading
@@ -65,7 +67,7 @@ class Bench:
     """Where the first steps are tried, as often as wanted.
 
     Args:
-        build, batch_size, accumulate, num_workers, seed, device: As for a `Session`.
+        build, batch_size, accumulate, num_workers, seed, device, precision: As for a `Session`.
         steps: How many.
 
     Raises:
@@ -82,6 +84,7 @@ class Bench:
         num_workers: int | None,
         seed: int,
         device: str | torch.device | None,
+        precision: str = "fp32",
     ) -> None:
         if not callable(build):
             raise ValueError("build= is what a build returns. Give the function: build, not build().")
@@ -95,13 +98,15 @@ class Bench:
         size = DEFAULT_BATCH if batch_size is None else batch_size
         self._settings = dict.fromkeys(SETTINGS) | NO_SCHEDULE | {"accumulate": accumulate}
         check(self._settings | {"batch_size": size})
+        check_speed({"precision": precision})
         self.build, self.steps, self.seed = build, steps, seed
         self._batch_size, self._num_workers = batch_size, num_workers
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.forward = Forward.of({"precision": precision}, self.device)
 
     def fresh(self) -> Fresh:
         """Call `build` under its key, and make ready what it gives."""
-        return Fresh(self.build, self._batch_size, self._settings, self.seed, self.device)
+        return Fresh(self.build, self._batch_size, self._settings, self.seed, self.forward)
 
     def workers(self, source: data.Source) -> int:
         """Return how many workers a session would take."""
@@ -147,10 +152,7 @@ class Bench:
             while not window.is_full:
                 num_samples, batch = next(loader)
                 samples.append(digest(batch))
-                randomness.seed(seed, "step", live.step, window.micro_step)
-                loss, n, _ = fresh.task.run(data.moved(batch, self.device))
-                window.add(loss.squeeze(), num_samples if n is None else n)
-            live.update(window)
+                live.micro_step((num_samples, batch), seed)
             assert window.loss is not None
             trial.samples.append(samples)
             trial.losses.append(float(window.loss))
@@ -166,16 +168,17 @@ class Fresh:
         batch_size: int | None,
         settings: dict[str, Any],
         seed: int,
-        device: torch.device,
+        forward: Forward,
     ) -> None:
         randomness.seed(seed, "build")
         self.task = task.call(build)
-        self.task.model.to(device)
+        self.forward = forward
+        self.forward.prepare(self.task)
         written = settings | {"batch_size": batch_size, "num_workers": 0}
-        read = Reading(self.task, written, seed=seed, device=device)
+        read = Reading(self.task, written, seed=seed, device=forward.device)
         self.source, self.order = read.source, read.order
         self.batch_size: int = read.settings["batch_size"]
-        self.live = Live(self.task, read.journal, self.order, self.source.drop_last, None)
+        self.live = Live(self.task, read.journal, self.order, self.source.drop_last, self.forward)
 
     def weights(self) -> dict[str, str]:
         """Return digests of the weights and buffers, by name."""

@@ -21,11 +21,14 @@ from typing import Any
 
 import torch
 
-from nbtrain import checkpoint, opening, randomness, recipe
+from nbtrain import checkpoint, randomness, recipe
+from nbtrain.arguments import ARGUMENTS, check
+from nbtrain.arguments import speed as of_speed
 from nbtrain.checkpoint import Snapshot
 from nbtrain.cluster import package
 from nbtrain.errors import RecipeError
 from nbtrain.evolution import Turn
+from nbtrain.forward import use_tf32
 from nbtrain.making import Maker
 from nbtrain.member import Interval, Member, Taken
 from nbtrain.recipe import Recipe
@@ -76,6 +79,7 @@ def tune_trainable(
     clip_norm: float | None = None,
     device: str | torch.device | None = None,
     deterministic: bool = False,
+    **speed: Any,
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function for `ray.tune.Tuner`: trains what build gives, with a trial's config.
 
@@ -91,14 +95,15 @@ def tune_trainable(
         device: None is the GPU if Tune gives the trial one.
         batch_size, accumulate, num_workers, seed, warmup_epochs, warmup, decay, milestones, gamma,
             clip_norm, deterministic: As for `Session`.
+        **speed: precision, channels_last, compile and tf32, as for `Session`.
 
     Raises:
         ValueError: an argument makes no sense.
         RecipeError: what build needs cannot be kept as text, and Tune's processes have nothing else.
         ModuleNotFoundError: Ray Tune is not installed.
     """
-    arguments = {k: v for k, v in locals().items() if k in opening.ARGUMENTS}
-    opening.check_arguments(arguments | {"keep": 2, "save_every": None})
+    arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | of_speed(speed)
+    check(arguments | {"keep": 2, "save_every": None})
     every = Interval.read(interval)
     found = recipe.capture(build)
     if found.problems:
@@ -130,6 +135,7 @@ def train(plan: Plan, config: dict[str, Any]) -> None:
     if plan.arguments["deterministic"]:
         randomness.deterministic()
     device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    use_tf32(plan.arguments["tf32"], device)
     space: dict[str, Any] = {name: Only(value) for name, value in config.items()}
     maker = Maker(plan.recipe.load(NAME), space, plan.arguments, device)
     member = Member(trial, maker, plan.interval)

@@ -46,6 +46,8 @@ class Fake:
             "position": 0,
             "num_samples": 5000,
             "loss": math.nan,
+            "metric": "valid_loss",
+            "direction": "min",
             "lr": 0.001,
             "samples_per_s": 0.0,
             "budget_limit_s": 9 * 3600.0,

@@ -18,17 +18,18 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_NAMES = 400, 50, 20
 # Bottom up; two on one floor do not know each other. A new module gets a place here.
 FLOORS = (
     "errors",
-    "accumulation budget grades history host interrupts orders randomness schedule source space stores "
-    "scales",
+    "accumulation budget grades history host interrupts judging orders randomness schedule source "
+    "space stores scales",
     "evidence evolution poll task thread trees",
-    "bar checkpoint data journal lines parking parts recipe frames table",
+    "bar checkpoint data journal lines metrics parking parts recipe frames table",
+    "forward",
     "ancestry live plots reading saving validation",
-    "genealogy making portrait shelf",
+    "arguments genealogy making portrait shelf",
     "replaying",
     "opening",
     "driving keeping member probe trial",
     "face loop worker",
-    "auditing cluster rehearsal status waiting",
+    "auditing cluster facts rehearsal status waiting",
     "founding",
     "storing",
     "rounds tuning",

@@ -29,6 +29,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from nbtrain import randomness
 from nbtrain.data import Loader, Order, Walk, default_workers, moved, source
 from nbtrain.errors import DataError
 
@@ -577,6 +578,31 @@ def test_a_list_is_a_data_set() -> None:
 def test_tensors_in_memory_need_no_workers() -> None:
     assert default_workers(TensorDataset(torch.zeros(3))) == 0
     assert 1 <= default_workers(Noisy()) <= 4
+
+
+def test_tensors_in_memory_draw_nothing_and_need_no_key_but_what_is_made_of_them_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Moved(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index)[0] + torch.rand(())
+
+    def noisy(samples: list[Any]) -> Tensor:
+        return torch.stack([x for (x,) in samples]) + torch.rand(())
+
+    tensors = torch.arange(11.0)
+    assert torch.equal(
+        torch.cat(read(Moved(tensors), batch_size=4)), torch.cat(read(Moved(tensors), batch_size=3))
+    )
+    plain = TensorDataset(tensors)
+    mixed = [DataLoader(plain, 4, shuffle=True, collate_fn=noisy) for _ in range(2)]
+    assert all(map(torch.equal, *map(read, mixed)))
+
+    keys: list[Any] = []
+    seed = randomness.seed
+    monkeypatch.setattr(randomness, "seed", lambda *words: (keys.append(words), seed(*words)))
+    read(plain, batch_size=4, epochs=1)
+    assert [words[2:] for words in keys] == [("collate", 0, start) for start in (0, 4, 8)]
 
 
 def test_moving_keeps_the_shape_of_a_batch() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from herds import assert_same_bits, build
 from torch import nn
 from trials import Tune, bits_of, trial
@@ -90,12 +91,28 @@ def test_an_argument_without_sense_is_refused_before_anything_travels(
         nbtrain.tune_trainable(build, interval="soon")
     with pytest.raises(ValueError, match="accumulate=0"):
         nbtrain.tune_trainable(build, accumulate=0)
+    with pytest.raises(ValueError, match="precision='half'"):
+        nbtrain.tune_trainable(build, precision="half")
     lock = object()
     with pytest.raises(RecipeError, match=r"A trial of Ray Tune cannot build.*\n.*`lock`"):
         nbtrain.tune_trainable(lambda_of(lock))
     monkeypatch.setitem(sys.modules, "ray.tune", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'nbtrain\[ray\]'"):
         nbtrain.tune_trainable(build)
+
+
+def test_a_trial_computes_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    def watched(lr: float = 0.1) -> nbtrain.Task:
+        def half(model: object, args: object, output: torch.Tensor) -> None:
+            assert output.dtype == torch.bfloat16
+
+        task = build(lr)
+        task.model.register_forward_hook(half)
+        return task
+
+    trial(tmp_path, 0, {"lr": 0.01}, build=watched, precision="bf16", stop_after=1)
+    with pytest.raises(AssertionError):
+        trial(tmp_path / "fp32", 0, {"lr": 0.01}, build=watched, stop_after=1)
 
 
 def lambda_of(lock: object) -> Callable[..., nbtrain.Task]:

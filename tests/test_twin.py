@@ -91,9 +91,9 @@ def test_steps_alone_make_it_not_stale_while_it_trains(page: list[Any]) -> None:
 def test_the_table_tells_the_run() -> None:
     session = Fake()
     session.runs(step=100, state="stopped", reason="budget", saved=[SAVED])
-    session.history.close_epoch({"epoch": 0, "step": 40, "valid_loss": 0.9})
-    session.history.close_epoch({"epoch": 1, "step": 80, "valid_loss": 0.5})
-    session.history.close_epoch({"epoch": 2, "step": 90, "valid_loss": float("nan")})
+    session.history.close_epoch({"epoch": 0, "step": 40, "progress": 1.0, "valid_loss": 0.9})
+    session.history.close_epoch({"epoch": 1, "step": 80, "progress": 2.0, "valid_loss": 0.5})
+    session.history.close_epoch({"epoch": 2, "step": 90, "progress": 3.0, "valid_loss": float("nan")})
     session.journal.edit(50, 0.64, "hand", accumulate=4)
     told = table(session)
     saved, written = told.pop("saved")[0], told.pop("written")[0]
@@ -103,7 +103,7 @@ def test_the_table_tells_the_run() -> None:
         "epoch": ["1.28 of 20"],
         "step": ["100"],
         "loss": ["1.5"],
-        "best validation": ["0.5 after epoch 2, step 80"],
+        "best validation": ["0.5 at epoch 2.00, step 80"],
         "learning rate": ["0.001, peak 0.1"],
         "settings": [
             "batch_size 32, accumulate 4, warmup_epochs 5, warmup linear, decay cosine, epochs 20"

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 import nbtrain
 from nbtrain.data import Loader, Order, source
 from nbtrain.errors import TaskError
+from nbtrain.forward import Forward
 from nbtrain.validation import validate
 
 NUM_SAMPLES, BATCH = 11, 4  # batches of 4, 4, 3
@@ -36,7 +37,7 @@ def task(**fields: Any) -> nbtrain.Task:
 def measured(
     task: nbtrain.Task, proceed: Callable[[], bool] = lambda: True, loader: Loader | None = None
 ) -> dict[str, float] | None:
-    return validate(task, loader or made(task), BATCH, seed=0, device=CPU, proceed=proceed)
+    return validate(task, loader or made(task), BATCH, seed=0, forward=Forward(CPU), proceed=proceed)
 
 
 def made(task: nbtrain.Task, workers: int = 0) -> Loader:

@@ -112,7 +112,7 @@ def rows(facts: Facts, session: Run, arrays: plots.Columns) -> list[Row]:
         ("epoch", [markup.epochs_words(facts)]),
         ("step", [f"{facts['step']:,}"]),
         ("loss", [number(facts["loss"])]),
-        ("best validation", _best(session.history.epochs)),
+        ("best validation", _best(session.history.epochs, facts["metric"], facts["direction"])),
         ("learning rate", [f"{facts['lr']:.3g}, peak {facts['peak_lr']:.3g}"]),
         ("settings", [", ".join(in_force)]),
         ("changed", _changes(session)),
@@ -132,12 +132,14 @@ def state(facts: Facts) -> str:
     return was if facts["state"] == "running" else markup.state_words(facts)
 
 
-def _best(epochs: Iterable[dict[str, Any]]) -> list[str]:
-    seen = [row for row in epochs if math.isfinite(row.get("valid_loss") or math.nan)]
+def _best(epochs: Iterable[dict[str, Any]], metric: str, direction: str) -> list[str]:
+    seen = [row for row in epochs if math.isfinite(row.get(metric, math.nan))]
     if not seen:
         return []
-    best = min(seen, key=lambda row: row["valid_loss"])
-    return [f"{number(best['valid_loss'])} after epoch {best['epoch'] + 1}, step {best['step']:,}"]
+    best = (min if direction == "min" else max)(seen, key=lambda row: row[metric])
+    named = "" if metric == "valid_loss" else f"{metric} "
+    # Its progress says more than the epoch's number, for it may have been in the middle.
+    return [f"{named}{number(best[metric])} at epoch {best['progress']:.2f}, step {best['step']:,}"]
 
 
 def _changes(session: Run) -> list[str]:

@@ -31,7 +31,7 @@ class Found:
     progress: float  # in epochs
     stage: int
     saved_at: float | None  # time.time() of the commit, None where the manifest has none
-    best: float | None  # lowest validation loss kept there; a population's best score
+    best: float | None  # best score kept there; a population's best score
     num_bytes: int  # of all checkpoints there
     kind: str = "session"  # or "population, 10 members, round 3"
 
@@ -62,6 +62,7 @@ def sessions(store: str | None = None, here: Host | None = None) -> tuple[list[F
             if not manifests:  # what looks like one is not ours, and was named in a warning
                 continue
             facts, best = manifests[0].facts, checkpoint.best_of(manifests)
+            judged = None if best is None else checkpoint.score(best.facts)
             score = facts["population"][2] if "population" in facts else None
             found.append(
                 Found(
@@ -71,7 +72,7 @@ def sessions(store: str | None = None, here: Host | None = None) -> tuple[list[F
                     progress=facts["progress"],
                     stage=facts["stage"],
                     saved_at=facts.get("at"),
-                    best=score if best is None else best.facts["valid_loss"],
+                    best=score if judged is None else judged[2],
                     num_bytes=sum(manifest.num_bytes for manifest in manifests),
                     kind=_kind(facts),
                 )

@@ -1,0 +1,90 @@
+"""What a session may be told, and what of it makes sense."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Any
+
+from nbtrain import journal
+from nbtrain.budget import seconds
+from nbtrain.forward import PRECISIONS
+from nbtrain.journal import SETTINGS
+from nbtrain.judging import Judging
+from nbtrain.reading import DEFAULT_BATCH
+
+ARGUMENTS = (
+    *(name for name in SETTINGS if name != "lr"),
+    *("num_workers", "seed", "clip_norm", "keep", "save_every", "budget", "deterministic", "replay"),
+    *("precision", "channels_last", "compile", "tf32"),
+    *("metric", "direction", "patience", "validate_every"),
+)
+SPEED = {"precision": "fp32", "channels_last": False, "compile": False, "tf32": None}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain folder name, such as "../x"."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"name={name!r} is no name for a session. Use letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+
+
+def check(arguments: dict[str, Any]) -> None:
+    """Refuse what makes no sense before `build` is called, which may take minutes."""
+    keep, seed, clip_norm = (arguments[name] for name in ("keep", "seed", "clip_norm"))
+    if type(arguments.get("deterministic", False)) is not bool:
+        raise ValueError(f"deterministic={arguments['deterministic']!r} must be True or False.")
+    if type(keep) is not int or keep < 2:
+        raise ValueError(
+            f"keep={keep!r} must be a whole number from 2 up: one damaged file is then not the end."
+        )
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r} must be a whole number.")
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise ValueError(f"clip_norm={clip_norm!r} must be a number above 0, or None.")
+    check_speed(arguments)
+    Judging.of(arguments)
+    seconds(arguments["save_every"])
+    settings = {name: arguments.get(name) for name in SETTINGS}
+    if settings["batch_size"] is None:  # the DataLoader's, which is not known yet
+        settings["batch_size"] = DEFAULT_BATCH
+    journal.check(settings)
+
+
+def speed(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what is given of the arguments that say how fast members compute, and the rest of them.
+
+    Raises:
+        ValueError: one is no such argument.
+    """
+    for name in given.keys() - SPEED.keys():
+        if name in ARGUMENTS:
+            raise ValueError(f"{name}= is an argument of Session alone. Leave it out.")
+        near = difflib.get_close_matches(name, [*ARGUMENTS, "members", "interval", "space"], 1, 0.5)
+        hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Population)."
+        raise ValueError(f"There is no argument {name}=. {hint}")
+    return SPEED | given
+
+
+def check_speed(given: dict[str, Any]) -> None:
+    """Refuse a speed that makes no sense; what is not given is off."""
+    arguments: dict[str, Any] = SPEED | given
+    precision, compile = arguments["precision"], arguments["compile"]
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known. Use one of: {', '.join(PRECISIONS)}.")
+    if type(arguments["channels_last"]) is not bool:
+        raise ValueError(f"channels_last={arguments['channels_last']!r} must be True or False.")
+    if arguments["tf32"] not in (True, False, None) or type(arguments["tf32"]) is int:
+        raise ValueError(f"tf32={arguments['tf32']!r} must be True, False, or None: as torch is.")
+    if type(compile) is not bool:
+        try:
+            json.dumps(dict(compile))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"compile={compile!r} must be True, False, or a dict of torch.compile's arguments in "
+                'plain values: {"mode": "max-autotune"}.'
+            ) from error
