@@ -37,6 +37,7 @@ The map, from the call site down; a module imports only what stands below it::
     checkpoint   parts to store and back: payload first, manifest last
     parts        what is alive, to a snapshot and back
     plots        the curves; portrait and genealogy of a population; frames and scales draw them
+    growth       parameters that come and go between stages
     ancestry     where a state of a population came from
     journal      the settings in force, and every change of them
     validation   mean loss and metrics, leaving training as it was
@@ -51,10 +52,14 @@ The map, from the call site down; a module imports only what stands below it::
     forward      how a batch becomes a loss
     task         what `build` returns
     data         the samples in their order, from any position on
+    samples      which samples, in which order; samplers
+    stream       a data set that is iterated
     thread       the thread that trains, computing as the cell would
+    frozen       parameters that stand still, kept once
     grades       how good a resume is: what differs from the kernel before
     evidence     what an action moves, and whom it asks
-    accumulation, budget, history, host, interrupts, judging, orders, randomness, schedule, trees
+    accumulation, budget, history, host, interrupts, judging, memory, orders, randomness, schedule,
+    trees
     errors       every exception, as a tree
 
 Read `session` first. `python -m nbtrain demo` shows all of it in two minutes.

@@ -86,15 +86,40 @@ class Window:
         return self.loss
 
 
-def plan(left: int, *, batch_size: int, accumulate: int, drop_last: bool = False) -> Window | None:
+def cuts(num_samples: int, room: int | None) -> list[int]:
+    """Cut a micro-batch into as few as there is room for, whose sizes differ by one at most.
+
+    Even ones, because a rest of a single sample would be no batch for BatchNorm.
+    """
+    if room is None or num_samples <= room:
+        return [num_samples]
+    count = -(-num_samples // room)
+    return [num_samples // count + (number < num_samples % count) for number in range(count)]
+
+
+def plan(
+    left: int, *, batch_size: int, accumulate: int, drop_last: bool = False, room: int | None = None
+) -> Window | None:
     """Return the next window of an epoch with so many samples left, or None at the epoch's end.
 
     A window never reaches over the end of an epoch: the tail is a smaller window of its own. With
-    `drop_last` a last micro-batch that is not full is left out.
+    `drop_last` a last micro-batch that is not full is left out. Where the device has room for less
+    than a batch, each is done in several micro-steps; the window's samples stay what they are.
     """
     if drop_last:
         left -= left % batch_size
     num_samples = min(left, batch_size * accumulate)
     if num_samples <= 0:
         return None
-    return Window(num_samples, -(-num_samples // batch_size))
+    whole, rest = divmod(num_samples, batch_size)
+    num_micro_steps = whole * len(cuts(batch_size, room))
+    if rest:
+        num_micro_steps += len(cuts(rest, room))
+    return Window(num_samples, num_micro_steps)
+
+
+def of(sizes: Iterable[int], room: int | None = None) -> Window | None:
+    """Return the window of these batches, whatever their sizes, or None where there are none."""
+    found = list(sizes)
+    num_micro_steps = sum(len(cuts(size, room)) for size in found)
+    return Window(sum(found), num_micro_steps) if found else None

@@ -9,6 +9,8 @@ A checkpoint is a folder in a session's folder::
         recipe.py             the source that `build` needs
         manifest.json         sizes and hashes of the above, and of itself: written last
 
+Parameters that stand still lie beside it, once for all checkpoints (see `frozen`).
+
 It exists if and only if its manifest does. Numbers count commits, and the newest commit is the one to
 go on from, whatever its step. Loading verifies every hash, runs no code, and falls back to the commit
 before where something is damaged. Retention removes a manifest first and its payload after.
@@ -31,10 +33,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from nbtrain import frozen
 from nbtrain.errors import CheckpointError, NbtrainError, NbtrainWarning
+from nbtrain.frozen import Still
 from nbtrain.stores import MANIFEST, Store
 
-FORMAT = 1
+FORMAT, WITH_FROZEN = 1, 2  # without and with a file that lies beside the checkpoint
 MODEL, PARTS, STATE, RECIPE = "model.safetensors", "parts.safetensors", "state.json", "recipe.py"
 ID = re.compile(r"\d{6,}-[0-9a-f]{6}")
 _WAY_OUT = "Nothing was removed. Bring an intact copy of the folder, or use another session name."
@@ -57,11 +61,18 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the payload in bytes."""
-        return sum(entry["bytes"] for entry in self.files.values())
+        """Size of the payload in bytes, without what it shares with other checkpoints."""
+        return sum(self.files[name]["bytes"] for name in self.files if name != self.shared)
+
+    @property
+    def shared(self) -> str | None:
+        """The file that it shares with other checkpoints, if there is one."""
+        return next(filter(frozen.NAME.fullmatch, self.files), None)
 
     def path(self, file: str) -> str:
         """Return a file's name in the store."""
+        if file == self.shared:
+            return f"{self.session}/{file}"
         return f"{self.session}/{self.id}/{file}"
 
 
@@ -75,10 +86,19 @@ class Snapshot:
     state: dict[str, Any]
     recipe: str
     facts: dict[str, Any]
+    still: Still | None = None  # what of the model is kept once
 
 
-def commit(store: Store, session: str, snapshot: Snapshot) -> Manifest:
+def commit(
+    store: Store, session: str, snapshot: Snapshot, sure: set[tuple[str, str]] | None = None
+) -> Manifest:
     """Write a snapshot as the session's next checkpoint; it exists when this returns.
+
+    Args:
+        store: Where.
+        session: The name.
+        snapshot: What.
+        sure: Shared files that this process has seen to be whole; None looks again.
 
     Raises:
         StoreError: the store refused; the checkpoints before it are intact.
@@ -92,10 +112,15 @@ def commit(store: Store, session: str, snapshot: Snapshot) -> Manifest:
     files = {
         name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in payload.items()
     }
+    still = snapshot.still
+    if still is not None:
+        files[still.name] = still.entry
     id = f"{snapshot.number:06d}-{secrets.token_hex(3)}"
     manifest = Manifest(session, id, snapshot.facts, files, store)
     receipt = _manifest_bytes(manifest)
     try:
+        if still is not None:
+            frozen.keep(store, session, still.name, lambda: still.data, set() if sure is None else sure)
         for name, data in payload.items():
             store.write(manifest.path(name), data)
         store.write(manifest.path(MANIFEST), receipt)
@@ -108,7 +133,7 @@ def commit(store: Store, session: str, snapshot: Snapshot) -> Manifest:
     return manifest
 
 
-def copy(manifest: Manifest, store: Store) -> Manifest:
+def copy(manifest: Manifest, store: Store, sure: set[tuple[str, str]] | None = None) -> Manifest:
     """Copy a committed checkpoint to another store, its manifest last.
 
     Raises:
@@ -116,10 +141,14 @@ def copy(manifest: Manifest, store: Store) -> Manifest:
         StoreError: a store refused; what was committed there before is intact.
     """
     there = Manifest(manifest.session, manifest.id, manifest.facts, manifest.files, store)
+    shared = manifest.shared
     present = set(store.list(f"{manifest.session}/{manifest.id}"))
     if manifest.path(MANIFEST) not in present:
         # All is read before the slow writing begins: meanwhile retention may remove it over there.
-        payload = {name: read(manifest, name) for name in manifest.files}
+        payload = {name: read(manifest, name) for name in manifest.files if name != shared}
+        if shared is not None:
+            sure = set() if sure is None else sure
+            frozen.keep(store, manifest.session, shared, lambda: read(manifest, shared), sure)
         for name, data in payload.items():
             store.write(there.path(name), data)
         store.write(there.path(MANIFEST), _manifest_bytes(manifest))
@@ -170,6 +199,8 @@ def read(manifest: Manifest, file: str) -> bytes:
     name = manifest.path(file)
     try:
         entry = manifest.files[file]
+        if file == manifest.shared:
+            return frozen.read(manifest.store, manifest.session, file, entry)
         data = manifest.store.read(name)
     except KeyError as error:
         raise CheckpointError(f"{name} is not in the manifest.") from error
@@ -198,11 +229,12 @@ def load(manifest: Manifest) -> Snapshot:
     Raises:
         CheckpointError: a file is missing, damaged or foreign; names it.
     """
-    files = {name: read(manifest, name) for name in (MODEL, PARTS, STATE, RECIPE)}
+    files = {name: read(manifest, name) for name in manifest.files}
+    still = {} if manifest.shared is None else load_tensors(files[manifest.shared])
     try:
         return Snapshot(
             number=manifest.number,
-            model=load_tensors(files[MODEL]),
+            model=load_tensors(files[MODEL]) | still,
             tensors=load_tensors(files[PARTS]),
             state=_parse(files[STATE]),
             recipe=files[RECIPE].decode(),
@@ -269,7 +301,20 @@ def retain(
             older.setdefault(id, []).append(name)
     for names in older.values():
         remove(store, names)
+    if older:
+        _sweep(store, session)
     return [m for m in ordered if m.id in kept]
+
+
+def _sweep(store: Store, session: str) -> None:
+    """Remove the shared files that no manifest refers to; where one cannot be read, none."""
+    names = store.list(session)
+    if not any(frozen.NAME.fullmatch(name.split("/")[-1]) for name in names):
+        return
+    with suppress(CheckpointError):  # one is a newer nbtrain's
+        found = [_read_manifest(store, n, told=True) for n in names if n.endswith("/" + MANIFEST)]
+        if all(manifest is not None for manifest in found):
+            frozen.sweep(store, session, [m.shared for m in found if m is not None and m.shared])
 
 
 def remove(store: Store, names: Iterable[str]) -> None:
@@ -315,7 +360,7 @@ def number(id: str) -> int:
 
 def _manifest_bytes(manifest: Manifest) -> bytes:
     body = {
-        "format": f"nbtrain/{FORMAT}",
+        "format": f"nbtrain/{WITH_FROZEN if manifest.shared else FORMAT}",
         "session": manifest.session,
         "id": manifest.id,
         "facts": dict(manifest.facts),
@@ -324,7 +369,7 @@ def _manifest_bytes(manifest: Manifest) -> bytes:
     return _json(body | {"sha256": sha256(_json(body)).hexdigest()})
 
 
-def _read_manifest(store: Store, name: str) -> Manifest | None:
+def _read_manifest(store: Store, name: str, *, told: bool = False) -> Manifest | None:
     try:
         body = _parse(store.read(name))
         own_hash = body.pop("sha256")
@@ -332,24 +377,25 @@ def _read_manifest(store: Store, name: str) -> Manifest | None:
         intact = sha256(_json(body)).hexdigest() == own_hash
         manifest = Manifest(body["session"], body["id"], body["facts"], body["files"], store)
         belongs = name == manifest.path(MANIFEST) and ID.fullmatch(manifest.id) is not None
-        is_complete = set(manifest.files) == {MODEL, PARTS, STATE, RECIPE}
+        is_complete = set(manifest.files) - {manifest.shared} == {MODEL, PARTS, STATE, RECIPE}
     except (NbtrainError, KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
     else:
         why = "its own sha256 differs" if not intact else "it is another checkpoint's"
-        if intact and belongs and version > FORMAT:
+        if intact and belongs and version > WITH_FROZEN:
             raise CheckpointError(
                 f"{name} was written by a newer nbtrain.\n"
-                f"  in checkpoint: format {version}\n  in session:    format {FORMAT}\n"
+                f"  in checkpoint: format {version}\n  in session:    format {WITH_FROZEN}\n"
                 "Install it: pip install -U nbtrain"
             )
         if intact and belongs and is_complete:
             return manifest
-    warnings.warn(
-        f"{name} in {store.place} cannot be read and is set aside: {why}.",
-        NbtrainWarning,
-        stacklevel=3,
-    )
+    if not told:
+        warnings.warn(
+            f"{name} in {store.place} cannot be read and is set aside: {why}.",
+            NbtrainWarning,
+            stacklevel=3,
+        )
     return None
 
 

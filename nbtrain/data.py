@@ -7,197 +7,33 @@ prefetched change nothing, and going on from the middle of an epoch reads no sam
 
 Randomness that a data set keeps for itself, a `numpy.random.Generator` made in its `__init__` for
 example, is out of reach: use `sample_rng()`, or torch's, numpy's, python's module-level functions.
-
-A `Walk` is the batch sampler given to torch's DataLoader: it never ends at an epoch's end, so the
-workers, forked once because a notebook's classes cannot be pickled, fetch across it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data._utils import signal_handling
 
 from nbtrain import randomness
 from nbtrain.errors import DataError
+from nbtrain.samples import Order as Order
+from nbtrain.samples import Source as Source
+from nbtrain.samples import Walk as Walk
+from nbtrain.samples import default_workers as default_workers
+from nbtrain.samples import source as source
+from nbtrain.stream import Stream
 
 DEATH_CHECK_S = 0.2
-MAX_WORKERS = 4  # what a free notebook has of cores; more is for the user to ask
-
-
-@dataclass
-class Source:
-    """A data set and how it is to be read; None leaves a choice to the session."""
-
-    dataset: Any
-    sampler: Any = None
-    shuffle: bool = True
-    batch_size: int | None = None
-    drop_last: bool = False
-    collate: Callable[[list[Any]], Any] = default_collate
-    num_workers: int | None = None
-    pin_memory: bool | None = None
-    prefetch_factor: int | None = None
-    worker_init: Callable[[int], None] | None = None
-
-
-def source(data: Any, name: str, *, shuffle: bool, collate: Callable[..., Any] | None) -> Source:
-    """Take over a map-style data set, or everything that a DataLoader says about one.
-
-    Args:
-        data: A data set with `__len__` and `__getitem__`, or a DataLoader over one.
-        name: "train" or "valid", for messages.
-        shuffle: Whether to shuffle where the data does not say.
-        collate: Used instead of the DataLoader's or torch's own.
-
-    Raises:
-        DataError: it is iterable-style, has its own batch sampler, has no length, or is empty.
-    """
-    found = Source(data, shuffle=shuffle)
-    if isinstance(data, DataLoader):
-        if data.batch_sampler is None:
-            raise DataError(
-                f"{name}: the DataLoader has batch_size=None, so it makes no batches to count. "
-                "Give the data set itself, or a DataLoader with a batch_size."
-            )
-        if type(data.batch_sampler) is not BatchSampler:
-            raise DataError(
-                f"{name}: the DataLoader has a batch sampler of its own "
-                f"({type(data.batch_sampler).__name__}), whose place cannot be resumed. "
-                "Give batch_size and, if needed, sampler instead."
-            )
-        found = Source(
-            data.dataset,
-            batch_size=data.batch_size,
-            drop_last=data.drop_last,
-            collate=data.collate_fn,
-            num_workers=data.num_workers,
-            pin_memory=data.pin_memory,
-            prefetch_factor=data.prefetch_factor,
-            worker_init=data.worker_init_fn,
-        )
-        found.shuffle = not isinstance(data.sampler, SequentialSampler)
-        if found.shuffle and not _plain_shuffle(data.sampler, data.dataset):
-            found.sampler = data.sampler
-    if collate is not None:
-        found.collate = collate
-    _require_map_style(found.dataset, name)
-    return found
-
-
-def _plain_shuffle(sampler: Any, dataset: Any) -> bool:
-    return (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.num_samples == len(dataset)
-    )
-
-
-def _require_map_style(dataset: Any, name: str) -> None:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"{name}: a {type(dataset).__name__} has no positions to resume from. "
-            "Give a map-style data set, with __len__ and __getitem__."
-        )
-    if not isinstance(dataset, Sized):
-        raise DataError(f"{name}: a {type(dataset).__name__} has no length. Give it a __len__.")
-    if len(dataset) == 0:
-        raise DataError(f"{name}: the data set is empty. Check the path it was read from.")
-
-
-def default_workers(dataset: Any) -> int:
-    """Return how many workers suit this machine: none for tensors in memory or without fork."""
-    if isinstance(dataset, TensorDataset) or "fork" not in multiprocessing.get_all_start_methods():
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MAX_WORKERS)
-
-
-class Order:
-    """Which sample comes at which position of an epoch, as a function of (seed, epoch)."""
-
-    def __init__(self, source: Source, seed: int) -> None:
-        self._source = source
-        self._seed = seed
-        self._made: dict[int, Sequence[int] | torch.Tensor] = {}
-
-    def __call__(self, epoch: int) -> Sequence[int] | torch.Tensor:
-        """Return the indices of an epoch, shape (samples,); the last two made are kept."""
-        if epoch not in self._made:
-            self._made = dict([*self._made.items()][-1:])
-            self._made[epoch] = self._make(epoch)
-        return self._made[epoch]
-
-    def length(self, epoch: int) -> int:
-        """Return how many samples an epoch has."""
-        return len(self._source.dataset if self._source.sampler is None else self(epoch))
-
-    def _make(self, epoch: int) -> Sequence[int] | torch.Tensor:
-        words = (self._seed, "order", epoch)
-        if self._source.sampler is not None:
-            return _drawn(self._source.sampler, *words)
-        if not self._source.shuffle:
-            return range(len(self._source.dataset))
-        return torch.randperm(len(self._source.dataset), generator=randomness.generator(*words))
-
-
-def _drawn(sampler: Any, *words: randomness.Word) -> list[int]:
-    """Draw a user's sampler under a key, whether it uses the global generator or one of its own."""
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(words[-1])
-    randomness.seed(*words)
-    own = getattr(sampler, "generator", None)
-    if own is None:
-        return list(sampler)
-    sampler.generator = randomness.generator(*words)
-    try:
-        return list(sampler)
-    finally:
-        sampler.generator = own
-
-
-@dataclass
-class Walk(Sampler[Any]):
-    """Batches of positions from a place on, epoch after epoch: torch's batch sampler."""
-
-    order: Order
-    batch_size: int
-    drop_last: bool
-    epoch: int = 0
-    position: int = 0
-    epochs: int | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, position, size = self.epoch, self.position, self.batch_size
-        while self.epochs is None or epoch < self.epochs:
-            indices = self.order(epoch)
-            end = len(indices)
-            if self.drop_last:
-                end -= (end - position) % size
-            for start in range(position, end, size):
-                some = indices[start : min(start + size, end)]
-                yield epoch, start, some.tolist() if isinstance(some, torch.Tensor) else list(some)
-            epoch, position = epoch + 1, 0
 
 
 @dataclass
@@ -232,15 +68,25 @@ class Keyed:
         try:
             for position, index in enumerate(indices, start):
                 where = f"index {index} (epoch {epoch}, position {position})"
+                if isinstance(self.dataset, Stream):
+                    samples.append(self.dataset.take(self.words, epoch, position))
+                    continue
                 if type(self.dataset) is not TensorDataset:  # it draws nothing; keys cost as much
                     randomness.seed(*self.words, epoch, position)
-                samples.append(self.dataset[index])
+                samples.append(_one(self.dataset, index))
             where = f"collating indices {indices}"
             randomness.seed(*self.words, "collate", epoch, start)
             return len(indices), self.collate(samples)
         except Exception as error:  # carried to the loop, which raises it
             said = f"{type(error).__name__}: {error}"
             return len(indices), Failure(where, said, traceback.format_exc())
+
+
+def _one(dataset: Any, index: int) -> Any:
+    """Read a sample; also where a data set can only read several: each has a key of its own."""
+    if getattr(type(dataset), "__getitem__", Dataset.__getitem__) is Dataset.__getitem__:
+        return dataset.__getitems__([index])[0]
+    return dataset[index]
 
 
 @dataclass
@@ -286,7 +132,9 @@ class Loader:
         num_workers: int,
         pin_memory: bool = False,
     ) -> None:
-        self.num_workers = num_workers
+        self._stream = source.dataset if isinstance(source.dataset, Stream) else None
+        # Each worker would have a stream of its own.
+        self.num_workers = num_workers = 0 if self._stream is not None else num_workers
         self._walk = Walk(order, batch_size, source.drop_last)
         self._torch: DataLoader[Any] = DataLoader(
             Keyed(source.dataset, source.collate, words),  # type: ignore[arg-type]
@@ -304,15 +152,25 @@ class Loader:
         self._batches: Iterator[tuple[int, Any]] | None = None
         self._next = (-1, -1)
 
-    def start(self, epoch: int, position: int, batch_size: int, epochs: int | None) -> None:
-        """Go on from a place; where the loader stands there already, keep what is prefetched."""
+    def start(
+        self,
+        epoch: int,
+        position: int,
+        batch_size: int,
+        epochs: int | None,
+        room: int | None = None,
+    ) -> None:
+        """Go on from a place; where the loader stands there already, keep what is prefetched.
+
+        With `room` for less than a batch, each batch comes in several smaller ones.
+        """
         walk = self._walk
         stands_there = self._next == (epoch, position)
-        same = (walk.batch_size, walk.epochs) == (batch_size, epochs)
+        same = (walk.batch_size, walk.epochs, walk.room) == (batch_size, epochs, room)
         if self._batches is not None and stands_there and same:
             return
         walk.epoch, walk.position, walk.epochs = epoch, position, epochs
-        walk.batch_size = batch_size
+        walk.batch_size, walk.room = batch_size, room
         self._batches = iter(self._torch)
         _tell_of_deaths_where_they_matter(self._batches)
         self._next = (epoch, position)
@@ -343,12 +201,19 @@ class Loader:
     def put_back(self, given: list[tuple[int, Any]]) -> None:
         """Give these, which came last, again before what comes next."""
         assert self._batches is not None
+        if self._stream is not None:  # it is put back by its state, with the other parts
+            self._batches = None
+            return
         self._batches = chain(given, self._batches)
         self._next = (self._next[0], self._next[1] - sum(num_samples for num_samples, _ in given))
 
     def turn(self) -> None:
         """Note that the walk has gone over the end of an epoch."""
         self._next = (self._next[0] + 1, 0)
+
+    def told(self) -> list[str]:
+        """Return in words, once, what finding the place has cost."""
+        return [] if self._stream is None else self._stream.told()
 
     def close(self) -> None:
         """End the workers; a later start forks new ones."""

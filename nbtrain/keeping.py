@@ -17,6 +17,7 @@ from nbtrain.bar import goodbye, hello
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import NbtrainError
+from nbtrain.frozen import Frozen
 from nbtrain.lines import Lines
 from nbtrain.live import Live
 from nbtrain.opening import Opened
@@ -35,7 +36,7 @@ class Keeping:
 
     def __init__(self, name: str, opened: Opened, live: Live, lines: Lines, every_s: float) -> None:
         self._name, self._opened, self._live, self._lines = name, opened, live, lines
-        self._every_s = every_s
+        self._every_s, self._frozen = every_s, Frozen()
 
     def load(self) -> None:
         """Be what the newest whole checkpoint says, if there is one, and say so."""
@@ -76,7 +77,8 @@ class Keeping:
         facts |= live.judging.facts(written or {})
         state |= self._opened.identity(live)
         number, recipe = self.saver.next_number(), self._opened.recipe_source
-        self.saver.request(Snapshot(number, model, tensors, state, recipe, facts))
+        still = self._frozen.split(live.task.model, model)
+        self.saver.request(Snapshot(number, model, tensors, state, recipe, facts, still))
         self._saved_at, self._place, self._reason = self._opened.clock(), live.place, reason
 
     def begin(self) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbtrain import accumulation, grades, parts, randomness, trees
+from nbtrain import accumulation, grades, memory, parts, randomness, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.data import Order
 from nbtrain.errors import LossError
@@ -59,6 +60,7 @@ class Live:
         self.window: accumulation.Window | None = None
         self.is_torn = False
         self.scaler, self.judging = forward.new_scaler(), judging
+        self.rooms: dict[str, int] = {}  # by device: samples that a micro-batch has room for
         self._order, self._drop_last, self._clip_norm = order, drop_last, clip_norm
         self._pending: list[tuple[dict[str, Any], Tensor, dict[str, tuple[Any, float]]]] = []
         self._sums: dict[str, tuple[float, float]] = {}  # of this epoch, with their weights
@@ -100,17 +102,39 @@ class Live:
             return "done"
         return "early" if self.judging.is_over(self.history.epochs) else ""
 
+    @property
+    def room(self) -> int | None:
+        """Most samples that a micro-batch has room for on this device; None where that is not known."""
+        return self.rooms.get(memory.device_name(self.task.model)) if self.rooms else None
+
+    @property
+    def micro_batch(self) -> int:
+        """Most samples of a micro-batch, here and now."""
+        return accumulation.cuts(self.journal.settings["batch_size"], self.room)[0]
+
     def edit(self, changes: dict[str, Any]) -> None:
-        """Change settings by hand, from here on."""
+        """Change settings by hand, from here on.
+
+        Raises:
+            ValueError: they cannot be changed so.
+        """
+        if "batch_size" in changes and self._order.is_batched:
+            raise ValueError("batch_size is the batch sampler's. Set accumulate=, or give it another.")
         self.journal.edit(self.step, self.progress, "hand", **changes)
 
     def next_window(self) -> accumulation.Window | None:
         """Return the window that comes next, or None at the end of the epoch."""
+        settings = self.journal.settings
+        size, accumulate = settings["batch_size"], settings["accumulate"]
+        if self._order.is_batched:
+            sizes = self._order.sizes(self.epoch, self.position, size, drop_last=False)
+            return accumulation.of(islice(sizes, accumulate), self.room)
         return accumulation.plan(
             self.num_samples - self.position,
-            batch_size=self.journal.settings["batch_size"],
-            accumulate=self.journal.settings["accumulate"],
+            batch_size=size,
+            accumulate=accumulate,
             drop_last=self._drop_last,
+            room=self.room,
         )
 
     def enter(self, reason: str | None, now: float) -> None:
@@ -166,6 +190,22 @@ class Live:
         window.log(named, n)
         if window.is_full:
             self._update(window)
+
+    def give_way(self, error: Exception, num_samples: int | None) -> str:
+        """After an error for want of memory, be at the window's start, to take half so many samples.
+
+        Returns:
+            In words, what that changes.
+
+        Raises:
+            torch.OutOfMemoryError: it would not help.
+        """
+        model, before = self.task.model, self.micro_batch
+        size, said = memory.halved(error, model, num_samples, is_torn=self.is_torn)
+        self.go_back()
+        self.rooms[memory.device_name(model)] = size
+        self.journal.note(self.step, self.progress, "memory", "micro_batch", before, size)
+        return said
 
     def _update(self, window: accumulation.Window) -> None:
         """End a full window: clip, write the rates, step, count."""
@@ -261,6 +301,7 @@ class Live:
             "train_s": self.train_s,
             "logged": trees.flatten(self.logged, "logged", {}),
             "sums": trees.flatten(self._sums, "sums", {}),
+            "rooms": dict(self.rooms),
             "loss": None if math.isnan(self.loss) else self.loss,
             "journal": self.journal.state_dict(),
             "trees": found,
@@ -282,6 +323,7 @@ class Live:
         self.train_s, self.logged = state["train_s"], trees.restore(state["logged"], {})
         self.loss = math.nan if state["loss"] is None else state["loss"]
         self._sums = trees.restore(state.get("sums", {}), {})
+        self.rooms = dict(state.get("rooms", {}))
         self.num_samples = self._order.length(self.epoch)
         self.task.optimizer.zero_grad(set_to_none=True)
         self.window, self.is_torn, self._pending = None, False, []

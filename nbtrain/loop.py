@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbtrain import randomness
+from nbtrain import memory, randomness
 from nbtrain.bar import Bar, Pace, number
 from nbtrain.data import Epoch, Loader
 from nbtrain.driving import Driven
@@ -52,6 +52,7 @@ class Loop(Driven):
         self._shows_bar = shows_bar
         self._bar = self.bar(shown=False)
         self._fed: int | None = None
+        self._is_short = False
         self._running_loop: Callable[[], Generator[Epoch] | None] = lambda: None
         self._is_save_asked = self._is_cast = False
         self._settle_at = 0.0
@@ -79,13 +80,32 @@ class Loop(Driven):
                 f"This loss was not computed in {self.live.forward.precision}. Write: "
                 "with session.autocast(): loss = ..., and session.update(loss) after it."
             )
-        num_samples, self._fed = self._fed, None
-        self.live.add(loss, num_samples if n is None else n, named)
+        num_samples = self._fed
+        try:
+            self.live.add(loss, num_samples if n is None else n, named)
+        except RuntimeError as error:
+            if self.is_own and memory.is_shortage(error):
+                error.add_note(memory.way_out(self.live.journal.settings))
+            raise
+        self._fed = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of one forward pass."""
         self._is_cast = True
         return self.live.forward.autocast()
+
+    def gives_way(self, error: Exception) -> bool:
+        """Whether the window is done again in smaller micro-batches: memory was short.
+
+        Raises:
+            torch.OutOfMemoryError: it was, and nothing smaller helps.
+        """
+        reason, self.reason = self.reason, "error"  # the loop itself only sees that it is closed
+        if not memory.is_shortage(error):
+            return False
+        self.lines.say(self.live.give_way(error, self._fed))
+        self.reason, self._fed, self._is_short = reason, None, True
+        return True
 
     def save(self) -> None:
         """Commit now; from another thread than the loop's, at the next boundary."""
@@ -158,20 +178,29 @@ class Loop(Driven):
             began = opened.clock()
             live.begin(window)
             settings = live.journal.settings
-            opened.train.start(live.epoch, live.position, settings["batch_size"], settings["epochs"])
+            size, epochs = settings["batch_size"], settings["epochs"]
+            opened.train.start(live.epoch, live.position, size, epochs, live.room)
             while not window.is_full:
                 self._fed, batch = next(opened.train)
                 randomness.seed(opened.seed, "step", live.step, window.micro_step)
                 self._is_cast = False
                 yield live.forward.moved(batch)
+                if self._is_short:
+                    break
                 if live.window is not window and not window.is_full:
                     raise SessionError("This loop was ended by a newer one of the same session.")
                 if self._fed is not None:
                     raise SessionError(
                         "A batch was not given to session.update(loss). Call it once for each."
                     )
+            if self._is_short:  # the same window again, in smaller micro-batches
+                self._is_short = False
+                memory.release()
+                continue
             if live.stages[-1]["first_step_at"] is None:
                 live.enter(None, time.time())
+            for text in opened.train.told():
+                self.lines.say(text)
             took_s = opened.clock() - began
             live.train_s += took_s
             self._budget.observe("window", took_s)
@@ -285,6 +314,7 @@ class Loop(Driven):
         if not self.live.task.model.training:
             self.live.task.model.train()
         self.keeping.regrade()
+        self._is_short = False
         self.lines.shown = self._shows_bar and not self._holds  # a panel has them already
         self._settle_at, self._pace, self._bar = 0.0, Pace(), self.bar(shown=not self._holds)
         self.live.enter(None, time.time())

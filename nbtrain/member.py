@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbtrain import making, parking, trees
+from nbtrain import accumulation, making, memory, parking, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import DataError, TaskError
 from nbtrain.evolution import Turn
@@ -86,7 +86,7 @@ class Member:
         self.turn: Turn | None = None  # the slice that is under way
         self.live: Live | None = None
         self.read: Reading | None = None
-        self.is_parked = False
+        self.is_parked, self.gives_way = False, True  # in smaller micro-batches, where memory is short
         self._options: list[dict[str, Any]] = []
 
     # ---- a slice
@@ -155,7 +155,6 @@ class Member:
         """
         assert self.live is not None and self.read is not None and self.turn is not None
         live, read = self.live, self.read
-        settings = live.journal.settings
         while not self._is_over:
             window = live.next_window()
             if window is None:
@@ -166,14 +165,30 @@ class Member:
             if not proceed("window"):
                 return False
             began = clock()
-            live.begin(window)
-            read.train.start(live.epoch, live.position, settings["batch_size"], settings["epochs"])
-            while not window.is_full:
-                live.micro_step(_next(read), read.seed)
+            if not self._fill(window, live, read):
+                memory.release()
+                continue  # the same window again, in smaller micro-batches
             took_s = clock() - began
             live.train_s += took_s
             observe("window", took_s)
         return True
+
+    def _fill(self, window: accumulation.Window, live: Live, read: Reading) -> bool:
+        """Do the micro-steps of a window; False where memory was short, and the room is less now."""
+        settings, num_samples = live.journal.settings, None
+        live.begin(window)
+        size, epochs = settings["batch_size"], settings["epochs"]
+        read.train.start(live.epoch, live.position, size, epochs, live.room)
+        try:
+            while not window.is_full:
+                given = _next(read)
+                num_samples = given[0]
+                live.micro_step(given, read.seed)
+        except RuntimeError as error:
+            if not (self.gives_way and memory.is_shortage(error)):
+                raise
+            live.give_way(error, num_samples)
+        return window.is_full
 
     def validate(self, proceed: Proceed) -> dict[str, float] | None:
         """Return what the validation gives at the slice's end; None where `proceed` said no.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nbtrain import checkpoint, grades, host, parts, randomness, recipe, replaying, task
+from nbtrain import checkpoint, grades, growth, host, parts, randomness, recipe, replaying, task
 from nbtrain.arguments import ARGUMENTS, check, check_name
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
@@ -144,9 +144,8 @@ class Opened(Ground):
         if arguments["batch_size"] is None:
             self.arguments["batch_size"] = read.settings["batch_size"]
         self.source, self.settings, self.journal = read.source, read.settings, read.journal
-        self.order, self.train = read.order, read.train
+        self.order, self.train, self._groups = read.order, read.train, read.group_lrs
         self.valid, self.valid_batch = read.valid, read.valid_batch
-        self._groups = read.group_lrs
 
     def live(self) -> Live:
         """Return what will be trained, at its start."""
@@ -160,7 +159,7 @@ class Opened(Ground):
         return grades.fingerprint(
             self.device,
             self.task.model,
-            micro_batch=live.journal.settings["batch_size"],
+            micro_batch=live.micro_batch,
             num_workers=self.train.num_workers,
             recipe=self.recipe.code_sha256[:12] if self.recipe else "",
             precision=self.forward.precision,
@@ -206,33 +205,34 @@ class Opened(Ground):
         """
         state = found.state
         _same("The seed has changed, and with it all order.", state["seed"], self.seed)
-        there = state["arguments"].get("replay")
-        _same("The schedule to replay has changed.", there, self.arguments["replay"])
+        before = state["arguments"]
+        _same("The schedule to replay has changed.", before.get("replay"), self.arguments["replay"])
         length = len(self.source.dataset)
         if state["num_samples"] != length:
             what, there = "The training data have another length.", state["num_samples"]
             raise DataError(explain(what, checkpoint=there, session=length, way_out=parts.MISFIT))
         if self.replay is not None:
             self.replay.adopt(self.task.optimizer, found)
+        found, grown = growth.fitted(found, self.task)
         live.put(found)
         # A stage is a stretch in one process, however often its cells are run.
         live.stage += state["kernel"] != kernel()
-        before = state["arguments"]
+        notes = growth.note(grown, live.journal, live.step, live.progress, self._groups)
         changes = {
             name: self.settings[name]
             for name in SETTINGS
             if name in self.arguments and self.arguments[name] != before.get(name)
         }
-        if self._groups != state["group_lrs"]:
+        if self._groups != state["group_lrs"] and len(self._groups) == len(state["group_lrs"]):
             changes["lr"] = self._groups[0]
         made = live.journal.edit(live.step, live.progress, "cell", **changes)
-        notes = [f"{e.what}: {e.old} -> {e.new}, as the cell says now" for e in made]
+        notes += [f"{e.what}: {e.old} -> {e.new}, as the cell says now" for e in made]
         for name, value in live.journal.settings.items():
             if name in self.arguments and value != self.settings[name]:
                 opened = self.settings[name]
                 notes.append(f"{name}={value} stays, as it was set live; it was opened with {opened}")
-        kept = recipe.Recipe(found.recipe, "")
-        if self.recipe is not None and kept.code_sha256 != self.recipe.code_sha256:
+        kept = recipe.Recipe(found.recipe, "").code_sha256
+        if self.recipe is not None and kept != self.recipe.code_sha256:
             notes.append("the code of build is not what it was; the new one is used")
         # Last: the micro-batch is what the cell has just made it.
         live.grade = grades.compare(state.get("fingerprint"), self.fingerprint(live))

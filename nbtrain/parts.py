@@ -88,8 +88,12 @@ def take(
     state = dict(task.model.state_dict())
     if start is not None:
         state.update({n: b for n, b in start.buffers.items() if n in state})
+    same = tied(state)
+    held = {name: trees.flatten(v, name, model) for name, v in state.items() if name not in same}
     found = {
-        "model": {name: trees.flatten(value, name, model) for name, value in state.items()},
+        "model": {name: held[same.get(name, name)] for name in state},
+        "tied": same,
+        "optimizer_names": parameter_names(task),
         "optimizer": trees.flatten(task.optimizer.state_dict(), "optimizer", tensors),
         "optimizer_class": type(task.optimizer).__name__,
         "history": trees.flatten(history.state_dict(), "history", tensors),
@@ -107,6 +111,24 @@ def take(
     return model, tensors, found
 
 
+def tied(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return which names are another name of a tensor that came before, and of which."""
+    first: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
+            place = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+            if first.setdefault(place, name) != name:
+                found[name] = first[place]
+    return found
+
+
+def parameter_names(task: Task) -> list[list[str | None]]:
+    """Return the names of what the optimizer's groups hold; None is no parameter of the model."""
+    names = {id(p): name for name, p in task.model.named_parameters()}
+    return [[names.get(id(p)) for p in group["params"]] for group in task.optimizer.param_groups]
+
+
 def put(
     task: Task,
     history: History,
@@ -120,7 +142,10 @@ def put(
         CheckpointError: something does not fit; says what on each side. Nothing was changed.
     """
     state = weights(model, found)
-    _check_model(state, task.model.state_dict())
+    here = task.model.state_dict()
+    _check_model(state, here)
+    if "tied" in found:  # an older nbtrain did not write it down
+        _check_same("The model ties other weights to each other.", found["tied"], tied(here))
     _check_same(
         "The optimizer is of another class.",
         found["optimizer_class"],
@@ -173,13 +198,18 @@ def _check_same(what: str, there: object, here: object) -> None:
 
 def _check_model(there: Mapping[str, Any], here: Mapping[str, Any], which: str = "model") -> None:
     for name in [*there, *here]:
-        sides = [_form(side.get(name)) if name in side else "absent" for side in (there, here)]
+        sides = [form(side, name) for side in (there, here)]
         if sides[0] != sides[1]:
-            what = f"The {which} does not fit at {name!r}."
+            hint = ", and fresh=[...] of the Task does not name it" if which == "model" else ""
+            what = f"The {which} does not fit at {name!r}{hint}."
             raise CheckpointError(explain(what, checkpoint=sides[0], session=sides[1], way_out=MISFIT))
 
 
-def _form(value: Any) -> str:
+def form(state: Mapping[str, Any], name: str) -> str:
+    """Return what must be the same of a value in a model's state_dict, in words."""
+    if name not in state:
+        return "absent"
+    value = state[name]
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__

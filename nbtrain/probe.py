@@ -47,6 +47,7 @@ def seen(opened: Opened, live: Live, *, trains: bool) -> dict[str, Any]:
     twin.adopt(scaling)
     twin.step, twin.epoch, twin.position = live.place
     twin.num_samples, beyond = live.num_samples, ""
+    twin.rooms = live.rooms
     window, epochs = twin.next_window(), settings["epochs"]
     if window is None:  # the epoch is to be validated first, which changes nothing of the next one
         twin.epoch, twin.position = live.epoch + 1, 0
@@ -69,7 +70,7 @@ def seen(opened: Opened, live: Live, *, trains: bool) -> dict[str, Any]:
     if not task.model.training:
         task.model.train()
     twin.begin(window)
-    opened.train.start(twin.epoch, twin.position, settings["batch_size"], epochs)
+    opened.train.start(twin.epoch, twin.position, settings["batch_size"], epochs, twin.room)
     given: list[tuple[int, Any]] = []
     samples: dict[str, str] = {}
     while len(given) < window.num_micro_steps:

@@ -14,9 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from nbtrain import data
 from nbtrain.errors import DataError
 from nbtrain.journal import SETTINGS, Journal
+from nbtrain.stream import Stream
 from nbtrain.task import Task
 
 DEFAULT_BATCH = 32
+STREAM = "train data"  # the part that is a stream's state
 
 _built_rates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]]
 _built_rates = weakref.WeakKeyDictionary()
@@ -48,11 +50,21 @@ class Reading:
     ) -> None:
         self.task, self.seed = task, seed
         self._device, self._workers = device, arguments["num_workers"]
-        self.source = data.source(task.train, "train", shuffle=True, collate=task.collate)
+        self.source = data.source(
+            task.train, "train", shuffle=True, collate=task.collate, skip_seen=task.skip_seen
+        )
+        if isinstance(self.source.dataset, Stream) and self.source.dataset.has_state:
+            task.parts = {**task.parts, STREAM: self.source.dataset}
+        self.order = data.Order(self.source, seed)
         self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS}
         self.settings["milestones"] = tuple(arguments["milestones"])
         if arguments["batch_size"] is None:
-            self.settings["batch_size"] = self.source.batch_size or DEFAULT_BATCH
+            self.settings["batch_size"] = self.source.batch_size or self._largest() or DEFAULT_BATCH
+        elif self.order.is_batched and arguments["batch_size"] != self._largest():
+            raise DataError(
+                f"batch_size={arguments['batch_size']!r}, but the train data have a batch sampler, "
+                "which makes the batches. Leave batch_size out."
+            )
         # Of the first time: later on the optimizer's rates are those that a schedule has written.
         rates = [float(group["lr"]) for group in task.optimizer.param_groups]
         self.group_lrs = _built_rates.setdefault(task.optimizer, rates)
@@ -64,7 +76,6 @@ class Reading:
                 f"batch_size={size} with drop_last leaves nothing of {length} samples. "
                 "Make it smaller, or keep the last batch."
             )
-        self.order = data.Order(self.source, seed)
         self.train = self._loader(self.source, (seed, "train"), self.order)
         self.valid: data.Loader | None = None
         self.valid_batch = 0
@@ -89,6 +100,10 @@ class Reading:
                     "(warmup_epochs, decay, base_lr). Leave one of them out."
                 )
 
+    def _largest(self) -> int | None:
+        """Return the size of the first epoch's largest batch, where a batch sampler makes them."""
+        return max(self.order.sizes(0, 0, 1, drop_last=False)) if self.order.is_batched else None
+
     def _loader(
         self, source: data.Source, words: tuple[int | str, ...], order: data.Order
     ) -> data.Loader:
@@ -99,5 +114,10 @@ class Reading:
             workers = data.default_workers(source.dataset)
         if not isinstance(workers, int) or workers < 0:
             raise ValueError(f"num_workers={workers!r} must be a whole number from 0 up.")
+        if workers and isinstance(source.dataset, Stream):
+            raise DataError(
+                f"num_workers={workers}, but the data are a stream: each worker would read one of its "
+                "own, in an order that depends on how many there are. Give num_workers=0."
+            )
         pin = source.pin_memory if source.pin_memory is not None else self._device.type == "cuda"
         return data.Loader(source, words, order, self.settings["batch_size"], workers, pin)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 import threading
 
-import torch
-
+from nbtrain import memory
 from nbtrain.bar import Bar, goodbye, hello, number
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
@@ -62,6 +61,8 @@ class Rounds(Driven):
         self.interval = Interval.read(ground.arguments["interval"])
         members = range(ground.arguments["members"])
         self.members = [Member(id, maker, self.interval) for id in members]
+        for member in self.members:
+            member.gives_way = False  # not before the others have left the device
         self.active: Member | None = None  # whose slice is under way
         self._parts = founded.parts
         self._errors: dict[int, Exception] = {}  # of this round, by member
@@ -184,7 +185,7 @@ class Rounds(Driven):
         except DataError:
             raise
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and self._make_room(member):
+            if memory.is_shortage(error) and self._has_a_way(member):
                 member.drop()  # the slice is begun again, which changes nothing in it
                 return self._slice(turn)
             self._fail(Row.of(turn, error=why(error)), error)
@@ -208,6 +209,14 @@ class Rounds(Driven):
         if member.at == key:
             return None
         return self.founded.states[key] if key in self.founded.states else self.shelf.load(key)
+
+    def _has_a_way(self, member: Member) -> bool:
+        """Whether a slice may fit now: the others leave the device first, then micro-batches shrink."""
+        is_new = not member.gives_way
+        if self._make_room(member):
+            return True
+        member.gives_way = True
+        return is_new
 
     def _make_room(self, member: Member) -> bool:
         """Let all others leave the device; False where none is there any more."""

@@ -122,6 +122,7 @@ class Saver:
         self._mine: set[str] = set()
         self._rivals: set[str] = set()
         self._has_told = False
+        self._sure: set[tuple[str, str]] = set()
         rest = list(dropwhile(lambda m: m is not newest, found))
         here = {store.place: [m for m in rest if m.store is store] for store in stores}
         # A damaged one must not stand in for a good one: only what was read whole is counted.
@@ -186,7 +187,7 @@ class Saver:
 
     def _commit(self, snapshot: Snapshot) -> None:
         began = self._budget.clock()
-        manifest = checkpoint.commit(self._near, self._session, snapshot)
+        manifest = checkpoint.commit(self._near, self._session, snapshot, self._sure)
         self._note(manifest)
         if self._far is not None:
             self._copies.submit(manifest)
@@ -196,11 +197,11 @@ class Saver:
     def _copy(self, manifest: Manifest) -> None:
         assert self._far is not None
         began = self._budget.clock()
-        self._note(checkpoint.copy(manifest, self._far))
+        self._note(checkpoint.copy(manifest, self._far, self._sure))
         best = self.best()
         there = {m.id for m in self._known(self._far.place)}
         if best is not None and best.id not in there:
-            self._good[self._far.place].append(checkpoint.copy(best, self._far))
+            self._good[self._far.place].append(checkpoint.copy(best, self._far, self._sure))
         self._retain(self._far)
         self._budget.observe("mirror", self._budget.clock() - began)
 

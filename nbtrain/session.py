@@ -142,6 +142,8 @@ class Session(Facts):
             LossError: the loss is not finite; the last good checkpoint is loaded again.
             DataError: the data set raised; the state before that window is saved.
             StoreError: the last save failed; the state is still here, and `save()` tries again.
+            torch.OutOfMemoryError: there is no room for a single sample; short of that the window is
+                done again in smaller micro-batches, and `session.lines` and the journal say so.
             KeyboardInterrupt: it was interrupted; everything is saved.
         """
         return self.start().wait()
@@ -177,9 +179,9 @@ class Session(Facts):
                     with self.autocast():
                         loss, n, output = self.task.run(batch)
                     self.update(loss, n=n, **self.task.named(output))
-                except Exception:
-                    self._loop.reason = "error"  # the loop itself only sees that it is closed
-                    raise
+                except Exception as error:
+                    if not self._loop.gives_way(error):
+                        raise
 
     def __iter__(self) -> Generator[Any]:
         """Give batches on the device, from where the session is, until it ends."""

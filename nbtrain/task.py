@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -34,7 +34,7 @@ class Task:
     Args:
         model: Saved and loaded with the session.
         optimizer: Over the model's parameters; its learning rates are the peaks of the schedule.
-        train: A map-style data set, or a DataLoader over one.
+        train: A map-style data set, an iterable one (see `stream`), or a DataLoader over one.
         valid: The same, for validation after each epoch; or None.
         loss: loss(output, target), the mean over the batch, shape ().
         metrics: By name, metric(output, target): the batch's mean, shape (), or a value for each
@@ -48,6 +48,10 @@ class Task:
         ema: An average of the model's weights, updated after each step, and validated and kept as the
             best in place of the model: torch.optim.swa_utils.AveragedModel(model, ...), or timm's
             ModelEmaV3(model, ...).
+        skip_seen: Whether an iterable `train` without `state_dict` is read again from the epoch's start
+            on resume, up to where it was; it says how long that took.
+        fresh: Names or patterns, such as "head.*", of parameters that may differ from a checkpoint's:
+            new, gone, of another shape, unfrozen. Those begin as they are built, all else goes on.
     """
 
     model: nn.Module
@@ -60,6 +64,8 @@ class Task:
     collate: Callable[[list[Any]], Any] | None = None
     parts: Mapping[str, Part] = field(default_factory=dict)
     ema: Any = None
+    skip_seen: bool = False
+    fresh: Sequence[str] = ()
 
     def check(self) -> Task:
         """Refuse a task that cannot be trained.
@@ -86,6 +92,8 @@ class Task:
                     "Give it both, or leave it out of parts."
                 )
         self._check_ema()
+        if isinstance(self.fresh, str) or not all(isinstance(name, str) for name in self.fresh):
+            raise TaskError(f'Task(fresh=) is {self.fresh!r}. Give a list of names: ["head.*"].')
         known = {id(p) for p in self.model.parameters()}
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not any(id(p) in known for p in held):

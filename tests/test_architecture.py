@@ -18,12 +18,13 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_NAMES = 400, 50, 20
 # Bottom up; two on one floor do not know each other. A new module gets a place here.
 FLOORS = (
     "errors",
-    "accumulation budget grades history host interrupts judging orders randomness schedule source "
-    "space stores scales",
-    "evidence evolution poll task thread trees",
-    "bar checkpoint data journal lines metrics parking parts recipe frames table",
+    "accumulation budget grades history host interrupts judging memory orders randomness schedule",
+    "source space stores scales",
+    "evidence evolution frozen poll stream task thread trees",
+    "bar checkpoint journal lines metrics parking parts recipe frames samples table",
+    "data",
     "forward",
-    "ancestry live plots reading saving validation",
+    "ancestry growth live plots reading saving validation",
     "arguments genealogy making portrait shelf",
     "replaying",
     "opening",

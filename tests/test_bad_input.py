@@ -370,7 +370,7 @@ def test_a_session_of_a_newer_format_is_told_and_left_alone(
         CheckpointError, match=r"(?s)written by a newer nbtrain.*pip install -U"
     ) as caught:
         open_it(begun)
-    assert aligned("format 7", "format 1") in str(caught.value)
+    assert aligned("format 7", "format 2") in str(caught.value)
     assert files(begun) == here
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from runs import assert_same_bits, bits, build, session
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 import nbtrain
@@ -233,13 +233,13 @@ def test_a_newer_format_is_an_error_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train_an_epoch(tmp_path)
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
     run.save()
     monkeypatch.undo()
     here = files(tmp_path)
     with pytest.raises(CheckpointError, match="newer nbtrain") as caught:
         session(tmp_path)
-    assert "\n  in checkpoint: format 2\n  in session:    format 1\n" in str(caught.value)
+    assert "\n  in checkpoint: format 3\n  in session:    format 2\n" in str(caught.value)
     assert "pip install -U nbtrain" in str(caught.value)
     assert files(tmp_path) == here
 
@@ -515,10 +515,36 @@ def test_the_model_loads_with_safetensors_alone(
     run = train_an_epoch(tmp_path, build=make)
     newest = checkpoint.find([FolderStore(tmp_path)], "tiny")[0]
     model = make().model
-    model.load_state_dict(load_file(tmp_path / newest.path(MODEL)), strict=True)
+    load_model(model, tmp_path / newest.path(MODEL), strict=True)
     trained = run.task.model.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
+    whole = session(tmp_path / "whole", build=tied).run()
+    train_an_epoch(tmp_path / "cut", build=tied)
+    newest = checkpoint.find([FolderStore(tmp_path / "cut")], "tiny")[0]
+    held = load_file(tmp_path / "cut" / newest.path(MODEL))
+    assert "first.weight" in held and "second.weight" not in held
+    run = session(tmp_path / "cut", build=tied)
+    assert run.step > 0 and run.task.model.second.weight is run.task.model.first.weight
+    run.run()
+    assert_same_bits(bits(run), bits(whole))
+    assert torch.equal(run.best().second.weight, run.best().first.weight)
+
+
+def untied() -> nbtrain.Task:
+    task = tied()
+    task.model.second.weight = nn.Parameter(task.model.first.weight.detach().clone())
+    task.optimizer = torch.optim.AdamW(task.model.parameters(), lr=0.05)
+    return task
+
+
+def test_weights_that_are_no_longer_tied_are_refused(tmp_path: Path) -> None:
+    train_an_epoch(tmp_path, build=tied)
+    with pytest.raises(CheckpointError, match=r"(?s)ties other.*'second.weight': 'first.weight'.*\{\}"):
+        session(tmp_path, build=untied)
 
 
 def test_the_manifest_is_plain_json_that_names_every_file_with_its_size_and_hash(

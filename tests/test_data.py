@@ -546,18 +546,10 @@ class NoLength:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Stream(), "a Stream has no positions to resume from. Give a map-style data set"),
-        (DataLoader(Stream()), "a Stream has no positions to resume from. Give a map-style data set"),
+        (Stream(), "a Stream has no length, and a step must know.*Give it a __len__: how many samples"),
+        (DataLoader(Stream()), "a Stream has no length"),
         (iter([1, 2]), "a list_iterator has no positions"),
         (3, "a int has no positions"),
-        (
-            DataLoader(Noisy(), batch_sampler=[[1, 2], [3]]),
-            r"a batch sampler of its own \(list\).*Give batch_size",
-        ),
-        (
-            DataLoader(Noisy(), batch_sampler=type("Mine", (BatchSampler,), {})(Own(), 2, False)),
-            r"a batch sampler of its own \(Mine\)",
-        ),
         (DataLoader(Noisy(), batch_size=None), "the DataLoader has batch_size=None.*Give the data set"),
         (NoLength(), "a NoLength has no length. Give it a __len__"),
         ([], "the data set is empty. Check the path"),
@@ -567,6 +559,64 @@ class NoLength:
 def test_what_cannot_be_resumed_is_refused_with_a_way_out(data: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"(?s)^valid: .*{message}"):
         source(data, "valid", shuffle=False, collate=None)
+
+
+class Buckets(BatchSampler):
+    """Batches of several sizes, shuffled by a generator of its own."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__(RandomSampler(range(NUM_SAMPLES), generator=generator), 4, False)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = list(self.sampler)
+        yield from (indices[a:b] for a, b in ((0, 2), (2, 7), (7, 8), (8, 11)))
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(5)])
+def test_a_batch_sampler_makes_the_batches_as_a_function_of_seed_and_epoch(generator: Any) -> None:
+    data = DataLoader(Noisy(), batch_sampler=Buckets(generator))
+    expected = read(data)
+    assert [len(indices) for indices, _ in expected] == [2, 5, 1, 3] * 2
+    firsts = [[i for i, _ in samples(expected[:4])], [i for i, _ in samples(expected[4:])]]
+    assert sorted(firsts[0]) == sorted(firsts[1]) == list(range(NUM_SAMPLES)) and firsts[0] != firsts[1]
+    torch.rand(3)
+    again = DataLoader(Noisy(), batch_sampler=Buckets(generator))
+    for seen, place in ((1, (0, 2)), (3, (0, 8)), (4, (1, 0)), (6, (1, 7))):
+        for workers in (0, 2):
+            assert samples(read(again, place, workers=workers)) == samples(expected[seen:])
+    if generator is not None:
+        assert again.batch_sampler.sampler.generator is generator  # type: ignore[union-attr]
+
+
+def test_where_there_is_less_room_a_batch_comes_in_even_pieces() -> None:
+    expected = samples(read(Noisy(), epochs=1))
+    for data, sizes in (
+        (Noisy(), [2, 2, 2, 2, 3]),
+        (DataLoader(Noisy(), batch_sampler=Buckets()), [2, 3, 2, 1, 3]),
+    ):
+        with closing(make(data)) as loader:
+            loader.start(0, 0, 4, 1, 3)
+            found = list(drain(loader))
+        assert [len(indices) for indices, _ in found] == sizes
+        assert samples(found) == (
+            expected if data.__class__ is Noisy else samples(read(data, epochs=1))
+        )
+
+
+class Several(Noisy):
+    """A data set that reads several samples at once, and only so."""
+
+    __getitem__ = Dataset.__getitem__
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [Noisy.__getitem__(self, index) for index in indices]
+
+
+def test_a_data_set_that_reads_several_at_once_gives_each_sample_its_own_key() -> None:
+    expected = samples(read(Noisy()))
+    assert samples(read(Several())) == expected
+    assert samples(read(Several(), batch_size=3, workers=2)) == expected
+    assert samples(read(Subset(Noisy(), range(NUM_SAMPLES)))) == expected, "it has both"
 
 
 def test_a_list_is_a_data_set() -> None:
