@@ -16,6 +16,7 @@ The map, from the call site down; a module imports only what stands below it::
     founding     a population at its beginning: found, or new and tried out
     status       what is known of a session, as plain values
     rehearsal    would a fresh kernel resume this? tried in a fresh process
+    finding      the learning rate range test
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
@@ -59,7 +60,7 @@ The map, from the call site down; a module imports only what stands below it::
     grades       how good a resume is: what differs from the kernel before
     evidence     what an action moves, and whom it asks
     accumulation, budget, history, host, interrupts, judging, memory, orders, randomness, schedule,
-    trees
+    schedulers, trees
     errors       every exception, as a tree
 
 Read `session` first. `python -m nbtrain demo` shows all of it in two minutes.

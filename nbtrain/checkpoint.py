@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from nbtrain import frozen
+from nbtrain import frozen, judging
 from nbtrain.errors import CheckpointError, NbtrainError, NbtrainWarning
 from nbtrain.frozen import Still
 from nbtrain.stores import MANIFEST, Store
@@ -324,26 +324,10 @@ def remove(store: Store, names: Iterable[str]) -> None:
 
 
 def best_of(manifests: Iterable[Manifest]) -> Manifest | None:
-    """Return the checkpoint with the best score, the earliest of equals, if any.
-
-    Only those count that are judged as the newest of them is: another metric is no better or worse.
-    """
-    scored = [(m, s) for m in manifests if (s := score(m.facts)) is not None]
-    if not scored:
-        return None
-    judged = max(scored, key=lambda pair: pair[0].number)[1][:2]
-    sign = 1 if judged[1] == "min" else -1
-    same = [(sign * s[2], m.number, m) for m, s in scored if s[:2] == judged]
-    return min(same, key=lambda entry: entry[:2])[2]
-
-
-def score(facts: Mapping[str, Any]) -> tuple[str, str, float] | None:
-    """Return a checkpoint's metric, its direction and its value there, if it was judged."""
-    if facts.get("score") is not None:
-        return facts["metric"], facts["direction"], facts["score"]
-    if facts.get("valid_loss") is not None:  # as it was written before there was another
-        return "valid_loss", "min", facts["valid_loss"]
-    return None
+    """Return the checkpoint with the best score, the earliest of equals, if any."""
+    by_number = {manifest.number: manifest for manifest in manifests}
+    best = judging.best({number: manifest.facts for number, manifest in by_number.items()})
+    return None if best is None else by_number[best]
 
 
 def ids(store: Store, session: str) -> set[str]:

@@ -71,7 +71,10 @@ class Forward:
             if self.channels_last:
                 module.to(memory_format=torch.channels_last)
         if self.compile is not False:
-            task.model.compile(**({} if self.compile is True else self.compile))
+            given = {} if self.compile is True else self.compile
+            # Else a shape that comes later, such as an epoch's tail, lets the others be compiled anew,
+            # with other sums: the bits of a run would hang on where it was cut.
+            task.model.compile(**{"dynamic": False, **given})
 
     def moved(self, batch: Any) -> Any:
         """Return a batch as the model takes it."""

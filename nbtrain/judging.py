@@ -111,6 +111,31 @@ class Judging:
         return found | {LOSS: score if self.metric == LOSS else None}
 
 
+def best(facts: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Return which checkpoint has the best score, the earliest of equals, if any.
+
+    Only those count that are judged as the newest of them is: another metric is no better or worse.
+
+    Args:
+        facts: Of each checkpoint, by its number.
+    """
+    scored = {number: found for number in facts if (found := score(facts[number])) is not None}
+    if not scored:
+        return None
+    judged = scored[max(scored)][:2]
+    sign = 1 if judged[1] == "min" else -1
+    return min((sign * found[2], n) for n, found in scored.items() if found[:2] == judged)[1]
+
+
+def score(facts: Mapping[str, Any]) -> tuple[str, str, float] | None:
+    """Return a checkpoint's metric, its direction and its value there, if it was judged."""
+    if facts.get("score") is not None:
+        return facts["metric"], facts["direction"], facts["score"]
+    if facts.get(LOSS) is not None:  # as it was written before there was another
+        return LOSS, "min", facts[LOSS]
+    return None
+
+
 def direction_of(metric: str, direction: str | None) -> str:
     """Return "max" or "min"; where none is given, "min" for a name that ends in loss or error.
 

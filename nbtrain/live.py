@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import accumulation, grades, memory, parts, randomness, trees
+from nbtrain import accumulation, grades, memory, parts, randomness, schedulers, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.data import Order
-from nbtrain.errors import LossError
+from nbtrain.errors import LossError, TaskError
 from nbtrain.forward import Forward
 from nbtrain.history import History
 from nbtrain.journal import Journal
@@ -228,6 +228,7 @@ class Live:
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        self.task.anneal("step")
         self.step += 1
         self.task.average(self.step)
         self.position += window.num_samples
@@ -268,6 +269,21 @@ class Live:
             name = next(n for n, p in trained.items() if not p.isfinite().all())
             raise self._spoilt(f"The weights {name!r} are not finite", self._row(self.lr))
 
+    def refuse_unwatched(self, metrics: dict[str, float]) -> None:
+        """Refuse a validation that does not give what a plateau is looked for in.
+
+        Raises:
+            TaskError: names what is watched, and what there is.
+        """
+        name, found = self.judging.metric, self.logged | metrics
+        is_watched = self.journal.settings["decay"] == "plateau" or self.task.needs_a_metric
+        if is_watched and name not in found:
+            there = ", ".join(found) or "nothing"
+            raise TaskError(
+                f"A plateau is looked for in {name!r}, and this epoch gave {there}. "
+                "Give the task valid= or metrics=, log it, or name another as metric=."
+            )
+
     def close_epoch(self, metrics: dict[str, float]) -> dict[str, float]:
         """End the epoch, writing into the history what its validation gave and what was logged."""
         means = {f"train_{name}": total / n for name, (total, n) in self._sums.items()}
@@ -276,7 +292,14 @@ class Live:
         self.logged, self._sums = {}, {}
         self.epoch, self.position = self.epoch + 1, 0
         self.num_samples = self._order.length(self.epoch)
+        self.task.anneal("epoch", metrics.get(self.judging.metric))
+        self.look_for_plateau()
         return metrics
+
+    def look_for_plateau(self) -> None:
+        """Lower the rates where the decay waits for a plateau, and the validations so far are one."""
+        how = self.judging
+        self.journal.observe(self.step, self.progress, self.history.epochs, how.metric, how.direction)
 
     def note(self, metrics: dict[str, float]) -> None:
         """Write into the history what a validation gave here."""
@@ -317,7 +340,8 @@ class Live:
         """
         state = snapshot.state
         parts.put(self.task, self.history, snapshot.model, snapshot.tensors, state["trees"])
-        self.journal = Journal.from_state_dict(state["journal"])
+        self.journal = Journal.from_state_dict(state["journal"], self.journal)
+        self.journal.scales = schedulers.scales(self.task.optimizer)  # which came with it
         self.step, self.epoch, self.position = state["place"]
         self.stage, self.stages = state["stage"], list(state["stages"])
         self.train_s, self.logged = state["train_s"], trees.restore(state["logged"], {})

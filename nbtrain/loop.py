@@ -260,8 +260,11 @@ class Loop(Driven):
             return
         if is_due:
             live.judging.check(live.logged | metrics)
+        if is_due or valid is None:
+            live.refuse_unwatched(metrics)
+        num_entries = len(live.journal.entries)
         written = live.close_epoch(metrics)
-        self._tell(f"epoch {live.epoch}", written, is_due)
+        self._tell(f"epoch {live.epoch}", written, is_due, num_entries)
         self._opened.train.turn()
         self.keeping.request("", written)
 
@@ -274,16 +277,20 @@ class Loop(Driven):
         metrics = self._validate(valid)
         if metrics is None:  # it is done again when the loop is here again
             return False
+        num_entries = len(live.journal.entries)
         live.note(metrics)
-        self._tell(f"epoch {live.progress:.2f}, step {live.step}", metrics, True)
+        live.look_for_plateau()
+        self._tell(f"epoch {live.progress:.2f}, step {live.step}", metrics, True, num_entries)
         self.keeping.request("", metrics)
         self.reason = self.reason or live.end
         return not self.reason
 
-    def _tell(self, at: str, written: dict[str, float], is_validated: bool) -> None:
+    def _tell(self, at: str, written: dict[str, float], is_validated: bool, num_entries: int) -> None:
         words_of = ", ".join(f"{name} {number(value)}" for name, value in written.items())
         whose = " (of the EMA)" if is_validated and self.live.task.ema is not None else ""
         self.lines.say(f"{at}: loss {number(self.live.loss)}, {words_of}{whose}".rstrip(", "))
+        for made in self.live.journal.entries[num_entries:]:
+            self.lines.say(f"{made.by}: {made.what} {made.old:.3g} -> {made.new:.3g}")
 
     def _validate(self, loader: Loader) -> dict[str, float] | None:
         if not self._may_go_on("validation"):

@@ -36,7 +36,7 @@ from nbtrain.forward import Forward, use_tf32
 from nbtrain.journal import SETTINGS
 from nbtrain.judging import Judging
 from nbtrain.live import Live
-from nbtrain.reading import Reading
+from nbtrain.reading import Reading, decay_apart
 from nbtrain.saving import Saver
 from nbtrain.stores import FolderStore, find_store
 
@@ -129,6 +129,7 @@ class Opened(Ground):
         clock: Callable[[], float] | None,
         arguments: dict[str, Any],
     ) -> None:
+        arguments, fields = decay_apart(arguments, fields, build)
         arguments = arguments | {"replay": replaying.read(arguments["replay"])}
         super().__init__(name, build, store, budget, started_at, device, clock, arguments, levels=3)
         randomness.seed(self.seed, "build")
@@ -141,11 +142,10 @@ class Opened(Ground):
         read = Reading(self.task, arguments | first, seed=self.seed, device=self.device)
         if self.replay is not None:
             self.replay.check(self.task, read.journal)
-        if arguments["batch_size"] is None:
-            self.arguments["batch_size"] = read.settings["batch_size"]
+        self.arguments |= read.found
         self.source, self.settings, self.journal = read.source, read.settings, read.journal
-        self.order, self.train, self._groups = read.order, read.train, read.group_lrs
-        self.valid, self.valid_batch = read.valid, read.valid_batch
+        self.order, self.train, self.valid = read.order, read.train, read.valid
+        self.valid_batch, self._groups = read.valid_batch, read.group_lrs
 
     def live(self) -> Live:
         """Return what will be trained, at its start."""
@@ -223,7 +223,8 @@ class Opened(Ground):
             for name in SETTINGS
             if name in self.arguments and self.arguments[name] != before.get(name)
         }
-        if self._groups != state["group_lrs"] and len(self._groups) == len(state["group_lrs"]):
+        is_other = self._groups != state["group_lrs"] and not live.journal.scheduler
+        if is_other and len(self._groups) == len(state["group_lrs"]):
             changes["lr"] = self._groups[0]
         made = live.journal.edit(live.step, live.progress, "cell", **changes)
         notes += [f"{e.what}: {e.old} -> {e.new}, as the cell says now" for e in made]

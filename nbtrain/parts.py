@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbtrain import trees
+from nbtrain import schedulers, trees
 from nbtrain.errors import CheckpointError, NbtrainWarning, explain
 from nbtrain.history import History
 from nbtrain.task import Task
@@ -97,6 +97,7 @@ def take(
         "optimizer": trees.flatten(task.optimizer.state_dict(), "optimizer", tensors),
         "optimizer_class": type(task.optimizer).__name__,
         "history": trees.flatten(history.state_dict(), "history", tensors),
+        "scheduler_class": _scheduler_class(task),
         "parts": {},
     }
     if task.ema is not None:
@@ -151,12 +152,15 @@ def put(
         found["optimizer_class"],
         type(task.optimizer).__name__,
     )
+    there = found.get("scheduler_class", _scheduler_class(task))
+    _check_same("The scheduler is of another class.", there, _scheduler_class(task))
     _check_same("The parts are others.", sorted(found["parts"]), sorted(task.parts))
     sides = [f"{'an' if there else 'no'} EMA" for there in ("ema" in found, task.ema is not None)]
     _check_same("There is no EMA on both sides.", *sides)
     ema = {} if task.ema is None else trees.restore(found["ema"], tensors)
     if task.ema is not None:
         _check_model(ema, task.ema.state_dict(), "EMA")
+    built = {} if task.scheduler is None else schedulers.options(task.scheduler)
     optimizer = trees.restore(found["optimizer"], tensors)
     _check_same(
         "The optimizer's groups hold other numbers of parameters.",
@@ -170,6 +174,10 @@ def put(
     history.load_state_dict(trees.restore(found["history"], tensors))
     for name, part in task.parts.items():
         part.load_state_dict(trees.restore(found["parts"][name], tensors))
+    for name, value in {} if task.scheduler is None else schedulers.options(task.scheduler).items():
+        if value != built[name]:
+            what = f"{name} of the {type(task.scheduler).__name__}"
+            _tell_kept(what, value, built[name], "session.task.scheduler")
 
 
 def weights(model: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +197,23 @@ def model_of(
         state = {n.removeprefix("module."): v for n, v in ema.items() if n.startswith("module.")}
     made.load_state_dict(state)
     return made
+
+
+def _scheduler_class(task: Task) -> str | None:
+    return None if task.scheduler is None else type(task.scheduler).__name__
+
+
+def _tell_kept(what: str, there: object, here: object, where: str) -> None:
+    warnings.warn(
+        explain(
+            f"{what} is the checkpoint's.",
+            checkpoint=there,
+            session=here,
+            way_out=f"To change it, set it in {where}.",
+        ),
+        NbtrainWarning,
+        stacklevel=3,
+    )
 
 
 def _check_same(what: str, there: object, here: object) -> None:
@@ -219,18 +244,10 @@ def _put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     built = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for number, (before, group) in enumerate(zip(built, optimizer.param_groups, strict=True)):
-        for name in before.keys() - {"lr", "initial_lr"}:
+        for name in before.keys() - {"lr", "initial_lr"} - schedulers.written(group):
             if name in group and group[name] != before[name]:
-                warnings.warn(
-                    explain(
-                        f"{name} of the optimizer's group {number} is the checkpoint's.",
-                        checkpoint=group[name],
-                        session=before[name],
-                        way_out="To change it, set it in session.task.optimizer.param_groups.",
-                    ),
-                    NbtrainWarning,
-                    stacklevel=2,
-                )
+                what = f"{name} of the optimizer's group {number}"
+                _tell_kept(what, group[name], before[name], "session.task.optimizer.param_groups")
     # load_state_dict casts moments to the parameter's dtype, where float32 ones under bf16 lose bits,
     # and fused kernels walk through parameter and moments alike: their strides have to agree.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -35,6 +35,7 @@ from nbtrain.scales import Floats, Scale, smooth, thinned
 
 ENDLESS_EPOCHS = 1.0  # how far ahead is planned where a run has no end
 PLAN_POINTS = 240
+SWEEP_IN = (7.0, 3.3)
 SIZE_IN, DPI = (7.0, 4.4), 140.0  # to be shown 700 pixels wide, and sharp on a fine screen too
 NUM_COLORS = 128  # of a live picture: a third of the bytes, and sooner written
 
@@ -224,6 +225,38 @@ def compared(sessions: Sequence[tuple[str, Columns, Rows]]) -> Figure:
     return figure
 
 
+def swept(
+    lrs: Sequence[float], losses: Sequence[float], means: Sequence[float], suggestion: float | None
+) -> Figure:
+    """Draw the losses of a range test and their running mean over the learning rates.
+
+    Args:
+        lrs, losses, means: A number a step.
+        suggestion: A rate to mark, or None.
+    """
+    figure = Picture(figsize=SWEEP_IN, dpi=DPI)
+    axes = frames.placed(figure, (0.095, 0.14, 0.885, 0.69))
+    frames.title_of(figure, "learning rates")
+    axes.set_xlabel("learning rate", color=frames.TEXT, fontsize=9, labelpad=2)
+    axes.set_ylabel("loss", color=frames.TEXT, fontsize=9)
+    raw, mean = np.array(losses, np.float64), np.array(means, np.float64)
+    if not len(raw):
+        frames.note(axes, "no step was finite")
+        return figure
+    axes.set_xscale("log")
+    x = scales.logarithmic(min(lrs), max(lrs))
+    # The last losses, of a divergence, would leave no room for those that matter.
+    frames.fit(axes, x, scales.losses(raw[raw <= 1.1 * mean.max()], mean))
+    axes.plot(lrs, raw, color=BLUE, linewidth=0.7, alpha=0.3, label="_raw")
+    axes.plot(lrs, mean, color=BLUE, linewidth=WIDTH, label="running mean")
+    if suggestion is not None:
+        at = float(np.interp(suggestion, lrs, mean))
+        axes.plot([suggestion], [at], color=RED, label=f"suggestion {suggestion:.2g}", **DOTS)
+        list(frames.verticals((axes,), [suggestion], RED, "--"))
+    frames.legend(figure, axes.lines, num_columns=2)
+    return figure
+
+
 def told(session: Any) -> tuple[str, Columns, Rows]:
     """Return what `compared` takes of a session.
 
@@ -241,7 +274,7 @@ def edited(journal: Journal, progress: float, **changes: Any) -> Journal:
     Raises:
         ValueError: a change makes no sense.
     """
-    copy = Journal.from_state_dict(journal.state_dict())
+    copy = Journal.from_state_dict(journal.state_dict(), journal)
     copy.edit(0, progress, "", **changes)
     return copy
 
@@ -279,14 +312,13 @@ def _end(journal: Journal, progress: float) -> float:
 def _planned(journal: Journal, progress: float, num_rows: int) -> tuple[Floats, Floats] | None:
     end = _end(journal, progress)
     # Where a part of the user's makes the rates, nobody knows the ones to come.
-    if end <= progress or (num_rows and not journal.writes_rates):
+    if end <= progress or journal.scheduler or (num_rows and not journal.writes_rates):
         return None
     schedule = journal.schedule
-    # A corner stays a corner, and a fall at a milestone is upright.
-    corners = [schedule.end, *schedule.milestones]
-    corners += [math.nextafter(at, -math.inf) for at in schedule.milestones]
+    # A corner stays a corner, and a jump is upright.
+    corners = schedule.corners(progress, end)
     even = np.linspace(progress, end, PLAN_POINTS + 1).tolist()
-    x = sorted({*even, *(float(at) for at in corners if progress < at < end)})
+    x = sorted({*even, *corners, *(math.nextafter(at, -math.inf) for at in corners)})
     return np.array(x), np.array([journal.rates(at)[0] for at in x])
 
 

@@ -40,7 +40,7 @@ def seen(opened: Opened, live: Live, *, trains: bool) -> dict[str, Any]:
         trains: False only reads the samples, and leaves "trained" out.
     """
     task, settings = opened.task, live.journal.settings
-    journal = Journal.from_state_dict(live.journal.state_dict())
+    journal = Journal.from_state_dict(live.journal.state_dict(), live.journal)
     twin = opened.live()
     twin.journal = journal
     scaling = None if live.scaler is None else live.scaler.state_dict()

@@ -5,15 +5,17 @@ A session reads one task; a population reads one for each member, under a seed o
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from nbtrain import data
-from nbtrain.errors import DataError
+from nbtrain import data, schedulers
+from nbtrain.errors import DataError, NbtrainWarning
 from nbtrain.journal import SETTINGS, Journal
+from nbtrain.schedule import FUNCTION
 from nbtrain.stream import Stream
 from nbtrain.task import Task
 
@@ -22,6 +24,25 @@ STREAM = "train data"  # the part that is a stream's state
 
 _built_rates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]]
 _built_rates = weakref.WeakKeyDictionary()
+
+
+def decay_apart(
+    arguments: dict[str, Any], fields: dict[str, Any], build: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a session's arguments and the task's fields, with a decay that is a function among these.
+
+    Raises:
+        ValueError: there is a build, which has to bring it: no fresh kernel could find it elsewhere.
+    """
+    function = arguments["decay"]
+    if not callable(function):
+        return arguments, fields
+    if build is not None:
+        raise ValueError(
+            "decay= is a function, which a fresh kernel would not have. "
+            "Let build bring it: return nbtrain.Task(..., schedule=function)."
+        )
+    return arguments | {"decay": FUNCTION}, fields | {"schedule": function}
 
 
 class Reading:
@@ -56,20 +77,18 @@ class Reading:
         if isinstance(self.source.dataset, Stream) and self.source.dataset.has_state:
             task.parts = {**task.parts, STREAM: self.source.dataset}
         self.order = data.Order(self.source, seed)
-        self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS}
+        self.found = self._found(arguments)  # settings that the task brings and nobody wrote
+        self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS} | self.found
         self.settings["milestones"] = tuple(arguments["milestones"])
-        if arguments["batch_size"] is None:
-            self.settings["batch_size"] = self.source.batch_size or self._largest() or DEFAULT_BATCH
-        elif self.order.is_batched and arguments["batch_size"] != self._largest():
-            raise DataError(
-                f"batch_size={arguments['batch_size']!r}, but the train data have a batch sampler, "
-                "which makes the batches. Leave batch_size out."
-            )
         # Of the first time: later on the optimizer's rates are those that a schedule has written.
         rates = [float(group["lr"]) for group in task.optimizer.param_groups]
         self.group_lrs = _built_rates.setdefault(task.optimizer, rates)
-        self.journal = Journal(self.settings, self.group_lrs)
+        self.journal = Journal(self.settings, self.group_lrs, task.schedule)
+        self.journal.refuse_no_function(self.journal.settings)
         self._refuse_two_schedules()
+        self.journal.scheduler = "" if task.scheduler is None else type(task.scheduler).__name__
+        self.journal.scales = schedulers.scales(task.optimizer)
+        self._tell_of_idle_scales()
         size, length = self.settings["batch_size"], len(self.source.dataset)
         if self.source.drop_last and size > length:
             raise DataError(
@@ -92,6 +111,26 @@ class Reading:
         if self.valid is not None:
             self.valid.close()
 
+    def _found(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if arguments["batch_size"] is None:
+            found["batch_size"] = self.source.batch_size or self._largest() or DEFAULT_BATCH
+        elif self.order.is_batched and arguments["batch_size"] != self._largest():
+            raise DataError(
+                f"batch_size={arguments['batch_size']!r}, but the train data have a batch sampler, "
+                "which makes the batches. Leave batch_size out."
+            )
+        if self.task.schedule is not None:
+            self._refuse_two_decays(arguments["decay"])
+            found["decay"] = FUNCTION
+        return found
+
+    def _refuse_two_decays(self, decay: str) -> None:
+        if decay not in ("constant", FUNCTION):
+            raise ValueError(
+                f"There are two decays: {decay!r}, and the task's function. Leave one of them out."
+            )
+
     def _refuse_two_schedules(self) -> None:
         for name, part in self.task.parts.items():
             if isinstance(part, LRScheduler) and self.journal.writes_rates:
@@ -103,6 +142,19 @@ class Reading:
     def _largest(self) -> int | None:
         """Return the size of the first epoch's largest batch, where a batch sampler makes them."""
         return max(self.order.sizes(0, 0, 1, drop_last=False)) if self.order.is_batched else None
+
+    def _tell_of_idle_scales(self) -> None:
+        applied = self.journal.writes_rates or any(
+            hasattr(p, "step_update") for p in self.task.parts.values()
+        )
+        if not applied and {*self.journal.scales} != {1.0}:
+            warnings.warn(
+                "The optimizer's groups have lr_scale, as timm's layer decay makes it, and nothing "
+                "applies it: the rates are the optimizer's or a scheduler's of torch's.\n"
+                'Let the session write them: warmup_epochs=, or a decay such as decay="cosine".',
+                NbtrainWarning,
+                stacklevel=5,
+            )
 
     def _loader(
         self, source: data.Source, words: tuple[int | str, ...], order: data.Order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nbtrain import checkpoint, host, opening
+from nbtrain import checkpoint, host, judging, opening
 from nbtrain.arguments import ARGUMENTS, check_name
 from nbtrain.checkpoint import Manifest
 from nbtrain.errors import CheckpointError, RecipeError, SessionError, TrustError
@@ -117,7 +117,7 @@ def _check_recipe(name: str, stored: Recipe) -> None:
 
 def _shown(name: str, store: Any, newest: Manifest, best: Manifest | None, stored: Recipe) -> str:
     facts = newest.facts
-    judged = checkpoint.score(best.facts) if best else None
+    judged = judging.score(best.facts) if best else None
     metric = "validation loss" if judged and judged[0] == "valid_loss" else judged and judged[0]
     score = f"best {metric} {judged[2]:.4g}" if judged else "no validation yet"
     lines = stored.source.splitlines()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import dropwhile
 from typing import Generic, TypeVar
 
-from nbtrain import checkpoint
+from nbtrain import checkpoint, judging
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Manifest, Snapshot
 from nbtrain.stores import Store
@@ -140,7 +140,7 @@ class Saver:
 
     def request(self, snapshot: Snapshot) -> None:
         """Commit a snapshot soon; one with a validation is not replaced by a newer one."""
-        self._commits.submit(snapshot, needed=checkpoint.score(snapshot.facts) is not None)
+        self._commits.submit(snapshot, needed=judging.score(snapshot.facts) is not None)
 
     def wait(self, *, copies: bool = True, timeout_s: float | None = None) -> bool:
         """Wait for what was requested; False when the time ran out before the copy was done."""

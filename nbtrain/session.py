@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import auditing, checkpoint, host, opening, parts, rehearsal, status, waiting
+from nbtrain import auditing, checkpoint, finding, host, opening, parts, rehearsal, status, waiting
 from nbtrain.arguments import ARGUMENTS
 from nbtrain.auditing import Audit
 from nbtrain.budget import seconds
 from nbtrain.data import Epoch
 from nbtrain.errors import SessionError
 from nbtrain.facts import Facts
+from nbtrain.finding import RangeTest
 from nbtrain.loop import Loop
 from nbtrain.opening import Opened
 from nbtrain.rehearsal import Rehearsal
@@ -48,13 +49,17 @@ class Session(Facts):
         accumulate: Micro-batches in a step.
         num_workers: Processes that fetch; None takes the DataLoader's, or one a core, at most 4.
         seed: Of everything random.
-        warmup_epochs, warmup, decay, milestones, gamma: See `Schedule`.
+        warmup_epochs, warmup, decay, milestones, gamma, warmup_from, power, floor, period, multiplier:
+            See `Schedule`. In a loop of your own, decay may be a function: see `Task`.
+        plateau_patience: Validations without a better `metric` that decay "plateau" waits for; None
+            is 10.
         base_lr, base_batch: Linear scaling: the rate, and the batch it was for.
         clip_norm: Largest norm of a step's gradient; None does not clip.
         precision: "fp32"; "bf16" or "fp16", of the forward pass; "mixed" is the one that the device is
             fast at. A loop of your own enters it by `with session.autocast():`.
         channels_last: Whether images and convolutions lie channels last, often faster with 16 bits.
-        compile: Whether the model is compiled; or the arguments of `torch.compile` as a dict.
+        compile: Whether the model is compiled, each shape for itself (dynamic=False); or a dict of the
+            arguments of `torch.compile`. A mode that tunes by time may differ in last bits each time.
         tf32: Whether a GPU may round float32 products to TF32; None leaves torch's switches.
         device: None is the GPU if there is one.
         deterministic: Whether an operation whose bits may vary on one machine raises, where torch
@@ -93,9 +98,15 @@ class Session(Facts):
         seed: int = 0,
         warmup_epochs: float = 0,
         warmup: str = "linear",
-        decay: str = "constant",
+        decay: str | Callable[[float], float] = "constant",
         milestones: tuple[float, ...] = (),
         gamma: float = 0.1,
+        warmup_from: float | None = None,
+        power: float | None = None,
+        floor: float | None = None,
+        period: float | None = None,
+        multiplier: float | None = None,
+        plateau_patience: int | None = None,
         base_lr: float | None = None,
         base_batch: int | None = None,
         clip_norm: float | None = None,
@@ -119,13 +130,16 @@ class Session(Facts):
         arguments = {k: v for k, v in locals().items() if k in ARGUMENTS}
         opened = Opened(name, build, task, store, budget, started_at, device, clock, arguments)
         self.name, self.budget = name, opened.budget
-        self._opened = opened
+        self._opened, self._shows = opened, bar
+        self._enter(seconds(save_every) or math.inf)
+
+    def _enter(self, save_every_s: float) -> None:
+        """Be where the newest checkpoint is, and be known to the kernel."""
         # First, because a loop that an error left behind saves now, and that is where to go on from.
-        opening.retire(name, opened)
-        self._live = opened.live()
-        self._loop = Loop(name, opened, self._live, seconds(save_every) or math.inf, bar)
-        opening.register(name, opened, self._loop)
-        self._shows = bar
+        opening.retire(self.name, self._opened)
+        self._live = self._opened.live()
+        self._loop = Loop(self.name, self._opened, self._live, save_every_s, self._shows)
+        opening.register(self.name, self._opened, self._loop)
         self._face: Any = None
         opening.remember(self)
 
@@ -281,6 +295,19 @@ class Session(Facts):
         """
         self._loop.await_end()
         return rehearsal.rehearse(self.name, self._opened, self._loop, seconds(within))
+
+    def find_lr(self, low: float = 1e-6, high: float = 1.0, steps: int = 100) -> RangeTest:
+        """Train over rates that rise from low to high, put everything back, and tell the losses.
+
+        The session is to the bit what it was, and its next run too. It stops early where the loss
+        diverges.
+
+        Raises:
+            ValueError: low, high or steps make no sense.
+            SessionError: something trains in this kernel, or only your own loop knows the loss.
+        """
+        self._loop.await_end()
+        return finding.find(self.name, self._opened, self._loop, low=low, high=high, steps=steps)
 
     # ---- reading
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nbtrain import schedulers
 from nbtrain.errors import TaskError
 from nbtrain.history import COLUMNS
 
@@ -52,6 +54,13 @@ class Task:
             on resume, up to where it was; it says how long that took.
         fresh: Names or patterns, such as "head.*", of parameters that may differ from a checkpoint's:
             new, gone, of another shape, unfrozen. Those begin as they are built, all else goes on.
+        schedule: A function of progress in epochs that gives the factor on the learning rates, instead
+            of a session's `decay`; a pure one, of which nothing is saved: build brings it again.
+        scheduler: One of torch's, over the optimizer. The session steps and saves it, as the part
+            "scheduler"; do not step it yourself.
+        scheduler_per: "step" or "epoch": how often. None knows it of OneCycleLR and CyclicLR, each
+            step, and of ReduceLROnPlateau, each epoch, on the session's `metric`; all others count what
+            you let them count.
     """
 
     model: nn.Module
@@ -66,6 +75,13 @@ class Task:
     ema: Any = None
     skip_seen: bool = False
     fresh: Sequence[str] = ()
+    schedule: Callable[[float], float] | None = None
+    scheduler: Any = None
+    scheduler_per: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheduler is not None and isinstance(self.parts, Mapping):
+            self.parts = {"scheduler": self.scheduler} | dict(self.parts)
 
     def check(self) -> Task:
         """Refuse a task that cannot be trained.
@@ -85,6 +101,14 @@ class Task:
                 raise TaskError(f"Task({name}=) is a {_kind(value)}. Give {words}.")
         if self.train is None:
             raise TaskError("Task(train=) is None. Give a data set or a DataLoader.")
+        if self.schedule is not None and not callable(self.schedule):
+            raise TaskError(
+                f"Task(schedule=) is a {_kind(self.schedule)}. Give a function of progress."
+            )
+        if self.scheduler is not None or self.scheduler_per is not None:
+            if self.parts.get("scheduler") is not self.scheduler:
+                raise TaskError('A part is named "scheduler", as Task(scheduler=) is. Rename the part.')
+            schedulers.check(self.scheduler, self.scheduler_per, self.optimizer)
         for name, part in self.parts.items():
             if not isinstance(part, Part):
                 raise TaskError(
@@ -142,6 +166,21 @@ class Task:
         names = [sorted(module.state_dict()) for module in (self.model, inner)]
         if inner is self.model or names[0] != names[1]:
             raise TaskError("Task(ema=) averages another model. Make it from this one, after it.")
+
+    @property
+    def needs_a_metric(self) -> bool:
+        """Whether the scheduler is one that looks at a metric."""
+        return isinstance(self.scheduler, ReduceLROnPlateau)
+
+    def anneal(self, per: str, value: float | None = None) -> None:
+        """Step the scheduler, if there is one that is stepped so.
+
+        Args:
+            per: "step" or "epoch": what is over.
+            value: Of the metric that is watched, at an epoch's end; None where that was not measured.
+        """
+        if self.scheduler is not None and per == schedulers.per(self.scheduler, self.scheduler_per):
+            schedulers.step(self.scheduler, value)
 
     def run(self, batch: Any) -> tuple[Tensor, float | None, Any]:
         """Return (mean loss, what it was the mean of or None for samples, model output or None).

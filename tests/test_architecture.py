@@ -19,7 +19,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_NAMES = 400, 50, 20
 FLOORS = (
     "errors",
     "accumulation budget grades history host interrupts judging memory orders randomness schedule",
-    "source space stores scales",
+    "schedulers source space stores scales",
     "evidence evolution frozen poll stream task thread trees",
     "bar checkpoint journal lines metrics parking parts recipe frames samples table",
     "data",
@@ -30,7 +30,7 @@ FLOORS = (
     "opening",
     "driving keeping member probe trial",
     "face loop worker",
-    "auditing cluster facts rehearsal status waiting",
+    "auditing cluster facts finding rehearsal status waiting",
     "founding",
     "storing",
     "rounds tuning",

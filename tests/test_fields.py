@@ -6,9 +6,10 @@ import threading
 from typing import Any
 
 import pytest
-from faces import EVIL, Fake
+from faces import EVIL, FIRST, Fake
 
 from nbtrain.face.fields import LABELS, Field, Fields
+from nbtrain.journal import Journal
 
 
 class Form:
@@ -47,6 +48,7 @@ def test_every_field_shows_what_is_in_force(form: Form) -> None:
         "batch_size": "32",
         "warmup_epochs": "5",
         "warmup": "linear",
+        "decay": "cosine",
         "lr": "0.1",
         "budget": "9h00m",
     }
@@ -66,6 +68,8 @@ def test_every_field_shows_what_is_in_force(form: Form) -> None:
         ("batch_size", "64", 64),
         ("warmup_epochs", "2.5", 2.5),
         ("warmup", "exponential", "exponential"),
+        ("warmup", "constant", "constant"),
+        ("decay", "onecycle", "onecycle"),
         ("lr", "5e-2", 0.05),
         ("budget", "8h30m", 30600.0),
         ("budget", "3600", 3600),
@@ -105,6 +109,37 @@ def test_a_wrong_value_says_why_in_the_sessions_own_words(
     assert form.fields.apply.disabled and not form.fields.undo.disabled
     form.type(**{name: "3"})
     assert form.field(name)._refused.value == "" and not form.fields.apply.disabled
+
+
+def test_a_decay_that_lacks_something_says_what(form: Form) -> None:
+    form.type(decay="restarts")
+    assert "needs period, in epochs" in form.field("decay").problem
+    assert form.fields.apply.disabled
+    form.type(decay="linear")
+    assert form.fields.changes == {"decay": "linear"}
+
+
+def test_a_function_of_the_tasks_is_in_force_and_can_be_left() -> None:
+    form = Form()
+    form.session.journal = Journal(FIRST | {"decay": "function"}, [0.1], lambda at: 1 / (1 + at))
+    form.session.facts["progress"] = 3.0
+    form.refresh()
+    assert form.field("decay").input.value == "function"
+    assert form.fields.changes == {}
+    form.type(decay="constant")
+    planned = form.fields.planned(form.session.status(), form.session.journal)
+    assert planned is not None
+    assert planned.settings["decay"] == "constant"
+
+
+def test_before_the_first_step_a_warmup_is_not_over(form: Form) -> None:
+    form.session.journal.edit(0, 0.0, "hand", warmup_epochs=0)
+    form.refresh()
+    form.type(warmup_epochs="3")
+    assert "the warmup is over" not in form.effect
+    planned = form.fields.planned(form.session.status(), form.session.journal)
+    assert planned is not None
+    assert planned.schedule.end == 3
 
 
 def test_one_wrong_value_holds_up_the_others(form: Form) -> None:

@@ -217,6 +217,15 @@ def test_compiled_is_in_place_and_no_name_changes(tmp_path: Path) -> None:
     assert_same_bits(bits(run), bits(plain))
 
 
+def test_each_shape_is_compiled_for_itself_unless_it_is_said_otherwise() -> None:
+    seen = []
+    for given in (True, {"mode": "default"}, {"dynamic": True}, False):
+        task = build()
+        task.model.compile = lambda **arguments: seen.append(arguments)
+        Forward(CPU, compile=given).prepare(task)
+    assert seen == [{"dynamic": False}, {"dynamic": False, "mode": "default"}, {"dynamic": True}]
+
+
 @pytest.mark.parametrize(
     ("capability", "mixed", "warns"), [((7, 5), "fp16", True), ((8, 0), "bf16", False)]
 )

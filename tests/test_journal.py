@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from nbtrain.journal import SETTINGS, Entry, Journal
+from nbtrain.errors import CheckpointError
+from nbtrain.journal import OPTIONS, SETTINGS, Entry, Journal
 
 FIRST: dict[str, Any] = {
     "epochs": 20,
@@ -21,6 +25,7 @@ FIRST: dict[str, Any] = {
     "lr": None,
     "base_lr": None,
     "base_batch": None,
+    **dict.fromkeys((*OPTIONS, "plateau_patience")),
 }
 EDITS: list[tuple[int, float, dict[str, Any]]] = [
     (10, 1 / 3, {"warmup_epochs": 7.7}),
@@ -102,10 +107,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": "0.1"}, "lr='0.1' must be a number above 0"),
     ({"base_lr": 0.1}, "base_lr and base_batch go together"),
     ({"base_batch": 256}, "base_lr and base_batch go together"),
-    ({"warmup": "no"}, "Use one of: linear, exponential"),
+    ({"warmup": "no"}, "Use one of: linear, exponential, cosine, constant"),
     ({"warmup_epochs": 20}, "Shorten the warmup"),
     ({"warmup_epochs": "3"}, "use 0 or more"),
     ({"decay": "multistep"}, "needs milestones"),
+    ({"decay": "restarts"}, "needs period"),
+    ({"floor": 2}, "below 1"),
+    ({"plateau_patience": -1}, "plateau_patience=-1 must be a whole number"),
+    ({"plateau_patience": 1.5}, "plateau_patience=1.5 must be a whole number"),
+    ({"decay": "function"}, r"Let build give it, Task\(schedule=function\)"),
     ({"momentum": 0.9}, "momentum cannot be set. There are: epochs, "),
 ]
 
@@ -121,7 +131,9 @@ def test_a_refused_edit_changes_nothing_of_anything(changes: dict[str, Any], mes
     assert live.state_dict() == state
 
 
-@pytest.mark.parametrize("changes", [c for c, _ in BAD if c.keys() <= set(SETTINGS)])
+@pytest.mark.parametrize(
+    "changes", [c for c, _ in BAD if c.keys() <= set(SETTINGS) and c != {"decay": "function"}]
+)
 def test_first_settings_are_refused_like_edits(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=" "):
         journal(**changes)
@@ -183,3 +195,91 @@ def test_the_journal_keeps_no_hold_of_what_it_was_given() -> None:
     first["lr"] = 9.0
     live.state_dict()["first"]["milestones"].append(1)
     assert live.rates(5.0) == before
+
+
+def test_a_journal_of_before_these_settings_is_read() -> None:
+    old = journal().state_dict()
+    for name in (*OPTIONS, "plateau_patience"):
+        del old["first"][name]
+    assert shape(Journal.from_state_dict(old)) == shape(journal())
+
+
+def lowered(
+    values: list[float | None], live: Journal, name: str = "valid_loss", direction: str = "min"
+) -> list[int]:
+    """Return after which of these validations, one an epoch, the rates were lowered."""
+    rows: list[dict[str, Any]] = []
+    found = []
+    for epoch, value in enumerate(values, 1):
+        rows.append({"progress": float(epoch)} | ({} if value is None else {name: value}))
+        if live.observe(10 * epoch, float(epoch), rows, name, direction):
+            found.append(epoch)
+    return found
+
+
+def waiting(**changes: Any) -> Journal:
+    return journal(**{"decay": "plateau", "warmup_epochs": 0, "plateau_patience": 1} | changes)
+
+
+def test_a_plateau_is_where_torchs_own_is() -> None:
+    generator = torch.Generator().manual_seed(7)
+    values = torch.rand(60, generator=generator).add(1).tolist()
+    values += [1.0, 0.99995, 0.9999, 0.99985, 0.5, 0.5, 0.5, 0.5, 0.4, math.nan, math.nan, 0.3]
+    for patience in (0, 1, 3):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        theirs = ReduceLROnPlateau(optimizer, factor=0.9, patience=patience)
+        live, rates = waiting(plateau_patience=patience, gamma=0.9, floor=1e-8), []
+        for value in values:
+            theirs.step(value)
+            rates.append(optimizer.param_groups[0]["lr"])
+        turns = [k + 1 for k in range(len(values)) if rates[k] < ([1.0, *rates])[k]]
+        assert lowered(values, live) == turns
+        assert live.schedule(100.0) == pytest.approx(rates[-1], rel=1e-12)
+
+
+def test_a_plateau_is_written_down_and_folds_to_the_bit() -> None:
+    live = waiting(gamma=0.3)
+    assert lowered([3.0, 2.0, 2.0, 2.5, 2.5, 2.1, 1.0], live) == [4, 6]
+    assert [(e.step, e.what, e.by) for e in live.entries] == [
+        (40, "factor", "plateau"),
+        (60, "factor", "plateau"),
+    ]
+    assert (live.entries[1].old, live.entries[1].new) == (0.3, 0.3 * 0.3)
+    assert live.rates(7.0) == [0.4 * (0.3 * 0.3), 0.04 * (0.3 * 0.3)]
+    assert shape(Journal.from_state_dict(json.loads(json.dumps(live.state_dict())))) == shape(live)
+
+
+def test_a_plateau_ends_at_the_floor_and_counts_nothing_in_the_warmup() -> None:
+    assert lowered([2.0] * 9, waiting(gamma=0.5, floor=0.3)) == [3, 5]
+    assert lowered([2.0] * 9, waiting(warmup_epochs=4, gamma=0.5, floor=0.3)) == [6, 8]
+    assert lowered([2.0] * 9, waiting(decay="constant")) == []
+
+
+def test_a_plateau_may_be_of_what_is_better_the_more_it_is() -> None:
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5]
+    live = waiting()
+    assert lowered(rising, live, "accuracy", "max") == []
+    assert lowered(rising, waiting(), "accuracy", "min") == [3, 5]
+    assert lowered([0.5, None, 0.4, None, 0.3, 0.2], live, "accuracy", "max") == [5]
+
+
+def test_a_decay_that_becomes_a_plateau_counts_from_there() -> None:
+    live = waiting(decay="constant")
+    rows = [{"progress": float(epoch), "valid_loss": 1.0} for epoch in range(1, 8)]
+    assert not live.observe(70, 7.0, rows)
+    live.edit(70, 7.0, "hand", decay="plateau")
+    assert not live.observe(70, 7.0, rows)
+    rows += [{"progress": float(epoch), "valid_loss": 1.0} for epoch in (8, 9)]
+    assert live.observe(90, 9.0, rows)
+
+
+def test_a_function_comes_from_the_one_of_now_and_is_missed_where_there_is_none() -> None:
+    live = Journal(FIRST | {"decay": "function"}, [0.4], lambda at: 1 / (1 + at))
+    assert live.writes_rates
+    live.edit(10, 6.0, "hand", lr=0.2)
+    again = Journal.from_state_dict(json.loads(json.dumps(live.state_dict())), live)
+    assert again.rates(7.0) == live.rates(7.0) == [0.2 / 8]
+    with pytest.raises(CheckpointError, match="which the task brings no more"):
+        Journal.from_state_dict(live.state_dict(), journal())
+    with pytest.raises(ValueError, match="no function here"):
+        Journal.from_state_dict(live.state_dict()).rates(7.0)

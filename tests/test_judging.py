@@ -11,7 +11,7 @@ import torch
 from runs import assert_same_bits, bits, build, die, finish, in_fresh_process, session
 
 import nbtrain
-from nbtrain import checkpoint
+from nbtrain import checkpoint, judging
 from nbtrain.errors import TaskError
 from nbtrain.judging import Judging
 from nbtrain.stores import FolderStore
@@ -84,7 +84,7 @@ def unjudged() -> nbtrain.Task:
 def scores(folder: Path) -> dict[int, tuple[str, str, float]]:
     """Return the scores of all that is stored, by step."""
     found = checkpoint.find([FolderStore(folder)], "tiny")
-    told = {m.facts["step"]: checkpoint.score(m.facts) for m in found}
+    told = {m.facts["step"]: judging.score(m.facts) for m in found}
     return {step: score for step, score in told.items() if score is not None}
 
 

@@ -214,6 +214,8 @@ def test_the_question_mark_shows_the_help_and_the_options(told: Any) -> None:
         ("%nbtrain recipe", "as its very first line"),
         ("%%nbtrain strat\n1", "goes with one word: %%nbtrain recipe"),
         ("%nbtrain list size=3", "%nbtrain list store=PLACE"),
+        ("%nbtrain find_lr rates=3", "find_lr takes low, high and steps"),
+        ("%nbtrain find_lr 3", "find_lr takes no '3'"),
         ("%nbtrain audit many", "'many' is no number of steps"),
         ("%nbtrain audit 0", "'0' is no number of steps"),
         ("%nbtrain audit 2 3", "2 3 is more than one"),
@@ -230,7 +232,7 @@ def test_a_wrong_word_gives_one_line(line: str, part: str, told: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["start", "pause", "save", "stop", "set lr=1", "panel", "history", "rehearse"]
+    "word", ["start", "pause", "save", "stop", "set lr=1", "panel", "history", "rehearse", "find_lr"]
 )
 @pytest.mark.usefixtures("alone")
 def test_without_a_session_one_line_says_how_to_make_one(word: str, told: Any) -> None:
@@ -372,6 +374,8 @@ def completed(shell: InteractiveShell, line: str) -> set[str]:
         ("%nbtrain resume cifar-100 tr", ["trust-code"]),
         ("%nbtrain resume cifar-100 --tr", ["--trust-code"]),
         ("%nbtrain start back", ["background"]),
+        ("%nbtrain set decay=p", ["decay=polynomial", "decay=plateau"]),
+        ("%nbtrain find_lr l", ["low="]),
     ],
 )
 def test_words_complete_with_tab(
@@ -541,6 +545,22 @@ def test_a_rehearsal_is_told_once_and_a_refused_one_in_one_line(
     said, is_well = told("%nbtrain rehearse")
     assert not is_well
     assert said == "SessionError: 'tiny' is training. Pause it first, session.pause(), then rehearse.\n"
+
+
+def test_a_range_test_is_shown_in_the_cell(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(tmp_path)
+    monkeypatch.setattr(magics, "newest", lambda: run)
+    said, is_well = told("%nbtrain find_lr low=1e-4 high=0.1 steps=10")
+    assert is_well
+    assert "<range test: 0.0001 to 0.1, " in said
+    assert run.step == 0
+    monkeypatch.setattr(run._loop, "state", "running")
+    said, is_well = told("%nbtrain find_lr")
+    assert not is_well
+    assert said.startswith("SessionError: 'tiny' is training in this kernel, and a range test would")
+    assert said.count("\n") == 1
 
 
 def test_a_change_acts_and_a_refused_one_says_why_and_changes_nothing(

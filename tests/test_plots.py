@@ -148,6 +148,16 @@ def test_a_fall_at_a_milestone_is_upright() -> None:
     assert (y[after - 1], y[after]) == (0.5, 0.05)
 
 
+def test_a_restart_is_upright_and_a_scheduler_of_torchs_is_not_planned() -> None:
+    plan = journal(decay="restarts", period=2.3, warmup_epochs=0)
+    planned = line(curves("cifar", [], plan, 0.0), 1, "planned")
+    x, y = planned.get_data()
+    after = list(x).index(2.3)
+    assert (y[after - 1], y[after]) == (pytest.approx(0.0, abs=1e-12), 0.5)
+    plan.scheduler = "OneCycleLR"
+    assert line(curves("cifar", [], plan, 0.0), 1, "planned") is None
+
+
 def test_a_run_without_end_is_planned_an_epoch_ahead() -> None:
     figure = curves("x", [], journal(epochs=None, decay="constant"), 3.0)
     planned = line(figure, 1, "planned")

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from runs import (
     EPOCHS,
     MICRO_STEPS,
+    NUM_SAMPLES,
     Noisy,
     assert_same_bits,
     bits,
@@ -24,11 +26,13 @@ from runs import (
     run_and_die,
     session,
 )
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import nbtrain
 from nbtrain import randomness
+from nbtrain.errors import CheckpointError, NbtrainWarning
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no workers": ({}, {}),
@@ -64,6 +68,31 @@ def stepwise() -> nbtrain.Task:
     task = build()
     task.parts = {"schedule": torch.optim.lr_scheduler.StepLR(task.optimizer, 2, 0.5)}
     return task
+
+
+def falling() -> nbtrain.Task:
+    """A decay of one's own, which is a closure."""
+    task, strength = build(), 0.3
+    task.schedule = lambda progress: 1 / (1 + strength * progress**2)
+    return task
+
+
+def layered() -> nbtrain.Task:
+    """Rates that fall from the last layer to the first, as timm makes them."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, img_size=32, drop_rate=0.1)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=0.01, weight_decay=0.1, layer_decay=0.5)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Pictures(), valid=Pictures())
+
+
+class Pictures(Dataset[Any]):
+    """Random pictures."""
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.randn(3, 32, 32) + index / NUM_SAMPLES, index % 3
 
 
 BUILDS = {"drop_last": dropping_last, "far ahead": far_ahead, "weighted": weighted}
@@ -232,6 +261,125 @@ def test_a_schedule_of_torchs_own_resumes_as_a_part(tmp_path: Path) -> None:
         assert in_fresh_process(step_by_hand, folder, result, until) == -signal.SIGKILL
         assert in_fresh_process(step_by_hand, folder, result, -1) == 0
         assert_same_bits(torch.load(result), torch.load(expected))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "a function": {"build": falling, "decay": "constant", "warmup": "cosine"},
+    "a plateau": {"decay": "plateau", "plateau_patience": 0, "gamma": 0.5, "direction": "max"},
+    "restarts": {"decay": "restarts", "period": 0.4, "multiplier": 2, "floor": 0.01},
+    "one cycle": {"decay": "onecycle", "warmup_epochs": 0, "warmup": "cosine"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_a_schedule_resumes_exactly(tmp_path: Path, shape: str) -> None:
+    changes = {"epochs": 3, "warmup_epochs": 0.5} | SHAPES[shape]
+    expected = whole(tmp_path, **changes)
+    assert len(set(expected["history.lr"].tolist())) > 2
+    for calls in (5, 10, 18, 26, 40):  # of the loss, of which 16 are an epoch with its validation
+        folder = tmp_path / f"cut-{calls}"
+        assert in_fresh_process(run_and_die, folder, calls, **changes) == -signal.SIGKILL
+        assert_same_bits(finished(folder, **changes), expected)
+
+
+def test_a_function_of_ones_own_is_what_the_rates_are(tmp_path: Path) -> None:
+    run = session(tmp_path, build=falling, decay="constant", warmup_epochs=0).run()
+    places = [row["progress"] for row in run.history]  # after each step
+    starts = [0.0, *places[:-1]]
+    assert run.history["lr"] == [0.05 * (1 / (1 + 0.3 * at**2)) for at in starts]
+    assert run.journal.settings["decay"] == "function"
+
+
+def test_a_function_comes_back_in_one_line_with_the_recipe(tmp_path: Path) -> None:
+    expected = session(tmp_path / "whole", build=falling, decay="constant").run()
+    for batch in (run := session(tmp_path / "cut", build=falling, decay="constant")):
+        run.update(run.task.run(batch)[0])
+        if run.step == 4:
+            run.stop()
+    resumed = nbtrain.resume("tiny", store=tmp_path / "cut", trust_code=True).run()
+    assert resumed.history["lr"] == expected.history["lr"]
+    assert_same_bits(bits(resumed), bits(expected))
+
+
+def test_a_function_that_build_brings_later_is_a_change_from_there_on(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"decay": "constant", "warmup_epochs": 0}
+    session(tmp_path, epochs=1, **changes).run()
+    run = session(tmp_path, epochs=2, build=falling, **changes).run()
+    assert run.history["lr"] == [0.05] * 3 + [
+        0.05 * (1 / (1 + 0.3 * at**2)) for at in (1.0, 1 + 9 / 23, 1 + 18 / 23)
+    ]
+    assert nbtrain.resume("tiny", store=tmp_path, trust_code=True).is_done
+
+
+def test_a_function_where_no_fresh_kernel_would_find_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Let build bring it: return nbtrain.Task\(..., schedule="):
+        session(tmp_path, decay=lambda progress: 1.0)
+    with pytest.raises(ValueError, match="two decays: 'cosine', and the task's function"):
+        session(tmp_path, build=falling)
+    with pytest.raises(ValueError, match=r"Let build give it, Task\(schedule=function\)"):
+        session(tmp_path, decay="function")
+    session(tmp_path, build=falling, decay="constant", epochs=1).run()
+    with pytest.raises(CheckpointError, match="a function, which the task brings no more"):
+        session(tmp_path, decay="constant", epochs=1)
+
+
+def test_a_loop_of_ones_own_brings_its_function_by_its_cells(tmp_path: Path) -> None:
+    task = build()
+    fields = {name: getattr(task, name) for name in ("model", "optimizer", "train")}
+    given: dict[str, Any] = {"build": None, "warmup_epochs": 0, **fields}
+    run = session(tmp_path, decay=lambda progress: 1 / (1 + progress), **given)
+    for batch in run:
+        run.update(run.task.run(batch)[0])
+    assert run.history["lr"][3] == 0.05 / 2
+    assert session(tmp_path, decay=lambda progress: 1 / (1 + progress), **given).is_done
+
+
+def test_a_plateau_is_lowered_by_the_validations_and_said(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=5, **SHAPES["a plateau"] | {"warmup_epochs": 0}).run()
+    losses = run.history["valid_loss"]
+    losses = [loss for loss in losses if loss is not None]
+    made = [(e.progress, e.what, e.by) for e in run.journal.entries]
+    best, expected = -float("inf"), []
+    for epoch, loss in enumerate(losses, 1):
+        if loss > best + 1e-4 * abs(best) or best == -float("inf"):
+            best = loss
+        else:
+            expected.append((float(epoch), "factor", "plateau"))
+    assert made == expected
+    assert made
+    assert run.lr == 0.05 * 0.5 ** len(made)
+    assert any(line.startswith("plateau: factor 1 -> 0.5") for line in run.lines)
+
+
+def test_layers_keep_their_shares_of_the_rate_under_every_edit_and_after_a_cut(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"build": layered, "warmup_epochs": 0.5, "decay": "cosine"}
+    expected = session(tmp_path / "whole", **arguments)
+    groups = expected.task.optimizer.param_groups
+    shares = [group["lr_scale"] for group in groups]
+    assert len(set(shares)) > 3
+    assert max(shares) == 1.0
+    trained: list[list[float]] = []
+    expected.task.optimizer.register_step_pre_hook(
+        lambda o, *_: trained.append([group["lr"] for group in o.param_groups])
+    )
+    expected.run()
+    curve = [expected.journal.schedule(at) for at in (0.0, 9 / 23, 18 / 23, 1.0)]
+    assert trained[:4] == [[0.01 * factor * share for share in shares] for factor in curve]
+    for batch in (run := session(tmp_path / "cut", **arguments)):
+        run.update(run.task.run(batch)[0])
+        if run.step == 4:
+            run.stop()
+    resumed = session(tmp_path / "cut", **arguments)
+    assert resumed.journal.peak_lr == 0.01
+    assert_same_bits(bits(resumed.run()), bits(expected))
+    resumed.journal.edit(resumed.step, resumed.progress, "hand", epochs=4, lr=0.05)
+    factor = resumed.journal.schedule(2.5)
+    assert resumed.journal.rates(2.5) == [0.05 * factor * share for share in shares]
+
+
+def test_scales_that_nothing_applies_are_told(tmp_path: Path) -> None:
+    with pytest.warns(NbtrainWarning, match="have lr_scale, as timm's layer decay makes it"):
+        session(tmp_path, build=layered, warmup_epochs=0, decay="constant")
 
 
 def test_training_in_another_thread_with_workers_gives_the_same_bits(tmp_path: Path) -> None:

@@ -17,16 +17,19 @@ from nbtrain.budget import seconds, words
 from nbtrain.face import markup
 from nbtrain.face.markup import Facts
 from nbtrain.journal import SETTINGS, Journal
-from nbtrain.schedule import WARMUPS
+from nbtrain.schedule import DECAYS, WARMUPS
 
 LABELS = {
     "accumulate": ("accumulate", "Micro-batches in a step"),
     "batch_size": ("batch size", "Samples in a micro-batch"),
     "warmup_epochs": ("warmup epochs", "Where the warmup ends, in epochs from the start of the run"),
     "warmup": ("warmup", "Shape of the warmup"),
+    "decay": ("decay", "What follows the warmup; from here on, at the factor that is reached"),
     "lr": ("learning rate", "The peak: the rate where the schedule's factor is 1"),
     "budget": ("budget", "From the start of the machine: 9h, 8h30m, seconds, or none"),
 }
+
+CHOICES = {"warmup": WARMUPS, "decay": DECAYS}
 
 
 class Field:
@@ -46,8 +49,8 @@ class Field:
             "layout": widgets.Layout(width="190px", flex="0 0 auto"),
         }
         self.input: Any = (
-            widgets.Dropdown(options=WARMUPS, **looks)
-            if name == "warmup"
+            widgets.Dropdown(options=CHOICES[name], **looks)
+            if name in CHOICES
             else widgets.Text(placeholder="unchanged", continuous_update=True, **looks)
         )
         # ipywidgets 7 knows the one only, and 8 warns of the other.
@@ -75,7 +78,9 @@ class Field:
 
     def forget(self) -> None:
         """Show the value in force."""
-        self.input.value = self._known if self.name == "warmup" else self._written(self._known)
+        if self.name in CHOICES and self._known not in self.input.options:  # a function of the task's
+            self.input.options = (*CHOICES[self.name], self._known)
+        self.input.value = self._written(self._known)
 
     @property
     def is_typed(self) -> bool:
@@ -208,7 +213,8 @@ def _effect(facts: Facts, journal: Journal, planned: Journal | None, changes: di
     told = [f"effective batch {batch}" + (f" (now {now})" if batch != now else "")]
     if planned is not None and planned.peak_lr != journal.peak_lr and "lr" not in changes:
         told.append(f"peak learning rate {planned.peak_lr:.3g} (now {journal.peak_lr:.3g})")
-    if {"warmup", "warmup_epochs"} & changes.keys() and facts["progress"] >= journal.schedule.end:
+    is_over = facts["progress"] > 0 and facts["progress"] >= journal.schedule.end
+    if {"warmup", "warmup_epochs"} & changes.keys() and is_over:
         told.append("the warmup is over and stays as it was")
     limit_s = facts["budget_limit_s"]
     if "budget" in changes and changes["budget"] is not None and limit_s is not None:

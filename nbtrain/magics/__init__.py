@@ -96,6 +96,8 @@ class NbtrainMagics(Magics):
         %nbtrain set accumulate=4 lr=0.05 budget=8h
                                     change settings from the next window on; without any, show them
         %nbtrain rehearse           try out, in a fresh process, whether a fresh kernel would go on
+        %nbtrain find_lr [low=1e-6 high=1 steps=100]
+                                    the loss over rising learning rates; the session stays as it is
         %nbtrain panel              the panel, here
         %nbtrain plot [NAME ...]    the curves, with those of other sessions of this notebook over them
         %nbtrain plot lineage       of a population: who went on from whose state
@@ -123,6 +125,7 @@ class NbtrainMagics(Magics):
                 "stop": _order,
                 "set": _set,
                 "rehearse": _rehearse,
+                "find_lr": _find_lr,
                 "panel": lambda said: _trained().panel(),
                 "plot": self._plot,
                 "history": lambda said: print(_history()),
@@ -220,8 +223,7 @@ class NbtrainMagics(Magics):
         longer = f"{short}_" + re.sub(r"\W", "_", session.name)
         names = chain((short, longer), (f"{longer}_{number}" for number in count(2)))
         held = self._shell.user_ns
-        free = (n for n in names if n not in held or _is_older(held[n], session))
-        name = next(free)
+        name = next(n for n in names if n not in held or _is_older(held[n], session))
         self._shell.push({name: session})
         print(f"{session.name} is `{name}` in this notebook.")
 
@@ -317,6 +319,12 @@ def _rehearse(said: Said) -> None:
         print(found.text)
 
 
+def _find_lr(said: Said) -> None:
+    if said.values.keys() - {"low", "high", "steps"}:
+        raise UsageError("find_lr takes low, high and steps: %nbtrain find_lr low=1e-5 high=0.5")
+    display(_trained().find_lr(**said.values))
+
+
 def _status() -> str:
     trained = newest()
     if trained is None:
@@ -383,6 +391,8 @@ def _complete(shell: Any, event: Any) -> list[str]:
         case ["set"]:
             known = [f"{name}=" for name in (*SETTINGS, "budget")]
             known += [f"warmup={name}" for name in WARMUPS] + [f"decay={name}" for name in DECAYS]
+        case ["find_lr"]:
+            known = ["low=", "high=", "steps="]
         case ["list"]:
             known = ["store=", "--store"]
     # IPython's own word begins behind the last dash or equals sign.

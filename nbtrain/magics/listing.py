@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbtrain import host
+from nbtrain import host, judging
 from nbtrain.errors import NbtrainError
 from nbtrain.host import Host
 from nbtrain.stores import MANIFEST, FolderStore, Store, find_store
@@ -62,7 +62,7 @@ def sessions(store: str | None = None, here: Host | None = None) -> tuple[list[F
             if not manifests:  # what looks like one is not ours, and was named in a warning
                 continue
             facts, best = manifests[0].facts, checkpoint.best_of(manifests)
-            judged = None if best is None else checkpoint.score(best.facts)
+            judged = None if best is None else judging.score(best.facts)
             score = facts["population"][2] if "population" in facts else None
             found.append(
                 Found(

@@ -14,9 +14,10 @@ from IPython.core.error import UsageError
 
 WORDS = (
     *("start", "resume", "pause", "save", "stop", "set"),
-    *("rehearse", "audit", "panel", "plot", "history", "list", "status", "help"),
+    *("rehearse", "audit", "find_lr", "panel", "plot", "history", "list", "status", "help"),
 )
-NAMED, VALUED = ("start", "resume", "plot", "audit", "help"), ("start", "resume", "set", "list")
+NAMED = ("start", "resume", "plot", "audit", "help")
+VALUED = ("start", "resume", "set", "list", "find_lr")
 
 
 @dataclass

@@ -1,0 +1,84 @@
+"""The schedulers of torch that a user brings: how often each is stepped, and what of it may not change.
+
+A scheduler of torch keeps the rate in the optimizer's groups and goes on from what it finds there. So
+build makes optimizer and scheduler, and then the optimizer's state is put back first and the
+scheduler's after it: each is what it was, and no constructor runs after that to write a rate of its
+own. Functions that it was given, as LambdaLR is, are in no state; build brings them again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from nbtrain.errors import TaskError
+
+PER = ("step", "epoch")
+
+
+def check(scheduler: Any, per: str | None, optimizer: Optimizer) -> None:
+    """Refuse what cannot be stepped, or nobody knows how often.
+
+    Raises:
+        TaskError: says what it is, and what it should be.
+    """
+    if not isinstance(scheduler, LRScheduler):
+        kind = f"{type(scheduler).__module__}.{type(scheduler).__qualname__}"
+        raise TaskError(
+            f"Task(scheduler=) is a {kind}, none of torch.optim.lr_scheduler. One of another kind is a "
+            "part that your own loop steps: parts={...}."
+        )
+    if scheduler.optimizer is not optimizer:
+        raise TaskError("Task(scheduler=) is over another optimizer. Make it from the task's.")
+    known = _known(scheduler)
+    if per is None and not known:
+        raise TaskError(
+            f"How often is the {type(scheduler).__name__} stepped? Say it, as its numbers count "
+            'either: Task(scheduler_per="step") or Task(scheduler_per="epoch").'
+        )
+    if per is not None and per not in PER:
+        raise TaskError(f"Task(scheduler_per={per!r}) is not known. Use one of: {', '.join(PER)}.")
+    if isinstance(scheduler, ReduceLROnPlateau) and per == "step":
+        raise TaskError("A ReduceLROnPlateau needs a validation. Leave scheduler_per out.")
+
+
+def per(scheduler: LRScheduler, asked: str | None) -> str:
+    """Return after what it is stepped: "step" or "epoch"."""
+    return asked or _known(scheduler)
+
+
+def _known(scheduler: LRScheduler) -> str:
+    if isinstance(scheduler, (OneCycleLR, CyclicLR)):
+        return "step"
+    return "epoch" if isinstance(scheduler, ReduceLROnPlateau) else ""
+
+
+def step(scheduler: LRScheduler, value: float | None) -> None:
+    """Step it; one that looks at a metric only where that was measured."""
+    # In a fresh process it would say that the optimizer has made no step yet.
+    scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+    elif value is not None:
+        scheduler.step(value)
+
+
+def written(group: Mapping[str, Any]) -> set[str]:
+    """Return what a scheduler writes into a group of the optimizer, besides the rate."""
+    return {"momentum", "betas"} if "max_momentum" in group else set()
+
+
+def scales(optimizer: Optimizer) -> list[float]:
+    """Return what each group's rate is to be multiplied by: `lr_scale`, timm's way of layer decay."""
+    return [float(group.get("lr_scale", 1.0)) for group in optimizer.param_groups]
+
+
+def options(scheduler: LRScheduler) -> dict[str, Any]:
+    """Return what it was made with, as far as its state has it: this goes on as it was saved."""
+    named = inspect.signature(type(scheduler)).parameters.keys() | {"base_lrs"}
+    state = scheduler.state_dict()
+    return {name: state[name] for name in sorted(named - {"last_epoch"}) if name in state}
