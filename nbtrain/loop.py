@@ -296,14 +296,19 @@ class Loop(Driven):
         if not self._may_go_on("validation"):
             return None
         opened, began = self._opened, self._opened.clock()
-        metrics = validate(
-            self.live.task,
-            loader,
-            opened.valid_batch,
-            seed=opened.seed,
-            forward=opened.forward,
-            proceed=lambda: self._may_go_on("window"),
-        )
+        try:
+            metrics = validate(
+                self.live.task,
+                loader,
+                opened.valid_batch,
+                seed=opened.seed,
+                forward=opened.forward,
+                proceed=lambda: self._may_go_on("window"),
+            )
+        except RuntimeError as error:
+            if memory.is_shortage(error):
+                error.add_note(memory.valid_way_out(opened.valid_batch))
+            raise
         if metrics is not None:
             self._budget.observe("validation", opened.clock() - began)
         return metrics

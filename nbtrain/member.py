@@ -86,7 +86,8 @@ class Member:
         self.turn: Turn | None = None  # the slice that is under way
         self.live: Live | None = None
         self.read: Reading | None = None
-        self.is_parked, self.gives_way = False, True  # in smaller micro-batches, where memory is short
+        self.is_parked = False
+        self.gives_way = True  # to a lack of memory, by smaller micro-batches
         self._options: list[dict[str, Any]] = []
 
     # ---- a slice

@@ -7,6 +7,7 @@ micro-batch as a whole, dropout's masks, BatchNorm's statistics, mixup, is done 
 as with a smaller `batch_size` and a larger `accumulate`; their keys are (seed, step, micro-step).
 
 The size that had room is remembered for the model and the device: in the session and its checkpoints.
+In a population all other members leave the device first.
 """
 
 from __future__ import annotations
@@ -95,4 +96,12 @@ def way_out(settings: Mapping[str, Any]) -> str:
     return (
         f"session.set(batch_size={half}, accumulate={times}) takes {same} with less memory; "
         "then run the cell again: it goes on before this step. session.run() does it by itself."
+    )
+
+
+def valid_way_out(size: int) -> str:
+    """Return what to write where the validation has no room."""
+    return (
+        f"It was in the validation, with batches of {size}. Give valid= as a DataLoader with a smaller "
+        "batch_size and run it again: the session stands at the epoch's end, before its validation."
     )

@@ -75,6 +75,8 @@ class Reading:
             task.train, "train", shuffle=True, collate=task.collate, skip_seen=task.skip_seen
         )
         if isinstance(self.source.dataset, Stream) and self.source.dataset.has_state:
+            if not isinstance(task.parts.get(STREAM, self.source.dataset), Stream):
+                raise DataError(f"{STREAM!r} is the stream's own part. Give yours another name.")
             task.parts = {**task.parts, STREAM: self.source.dataset}
         self.order = data.Order(self.source, seed)
         self.found = self._found(arguments)  # settings that the task brings and nobody wrote
@@ -141,7 +143,9 @@ class Reading:
 
     def _largest(self) -> int | None:
         """Return the size of the first epoch's largest batch, where a batch sampler makes them."""
-        return max(self.order.sizes(0, 0, 1, drop_last=False)) if self.order.is_batched else None
+        if not self.order.is_batched:
+            return None
+        return max(self.order.sizes(0, 0, 1, drop_last=False), default=None)
 
     def _tell_of_idle_scales(self) -> None:
         applied = self.journal.writes_rates or any(

@@ -120,6 +120,10 @@ def _shown(name: str, store: Any, newest: Manifest, best: Manifest | None, store
     judged = judging.score(best.facts) if best else None
     metric = "validation loss" if judged and judged[0] == "valid_loss" else judged and judged[0]
     score = f"best {metric} {judged[2]:.4g}" if judged else "no validation yet"
+    if "population" in facts:
+        members, round, value = facts["population"]
+        best_of = "no score yet" if value is None else f"best score {value:.4g}"
+        score = f"a population of {members} in round {round}, {best_of}"
     lines = stored.source.splitlines()
     code = "\n".join(f"{number:4d} | {line}" for number, line in enumerate(lines, 1))
     where = "" if store is None else f"store={str(store)!r}, "

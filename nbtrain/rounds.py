@@ -62,7 +62,7 @@ class Rounds(Driven):
         members = range(ground.arguments["members"])
         self.members = [Member(id, maker, self.interval) for id in members]
         for member in self.members:
-            member.gives_way = False  # not before the others have left the device
+            member.gives_way = False  # before its micro-batches are halved, the others leave the device
         self.active: Member | None = None  # whose slice is under way
         self._parts = founded.parts
         self._errors: dict[int, Exception] = {}  # of this round, by member
@@ -116,8 +116,8 @@ class Rounds(Driven):
         best, now = self.now_best, self._doing()
         score = "-" if best is None or best.score is None else number(best.score)
         metric = self._ground.arguments["metric"]
-        left = words(self._budget.left_s)
-        text = f"round {self.now_round + 1}, {now}best {metric} {score}, budget {left}"
+        round, left = self.now_round + bool(self.now_left), words(self._budget.left_s)
+        text = f"round {round}, {now}best {metric} {score}, budget {left}"
         bar.put(len(self.table.rows), text)
 
     @property
@@ -141,7 +141,9 @@ class Rounds(Driven):
         round = turns[0].round + 1
         if self.table.has_failed:
             error = self._errors.get(min(self._errors, default=-1))
-            error = error or LossError(self.table.rows[-1].error)
+            if error is None or isinstance(error, LossError):  # what that advises is for a session
+                what = str(error or self.table.rows[-1].error).splitlines()[0]
+                error = LossError(f"{what}\nGive the space lower rates, and the population a new name.")
             error.add_note(f"All members have failed in round {round}; this was the first.")
             raise error
         best = self.now_best
@@ -185,7 +187,7 @@ class Rounds(Driven):
         except DataError:
             raise
         except Exception as error:
-            if memory.is_shortage(error) and self._has_a_way(member):
+            if memory.is_shortage(error) and self._make_room(member):
                 member.drop()  # the slice is begun again, which changes nothing in it
                 return self._slice(turn)
             self._fail(Row.of(turn, error=why(error)), error)
@@ -210,20 +212,15 @@ class Rounds(Driven):
             return None
         return self.founded.states[key] if key in self.founded.states else self.shelf.load(key)
 
-    def _has_a_way(self, member: Member) -> bool:
-        """Whether a slice may fit now: the others leave the device first, then micro-batches shrink."""
-        is_new = not member.gives_way
-        if self._make_room(member):
-            return True
-        member.gives_way = True
-        return is_new
-
     def _make_room(self, member: Member) -> bool:
-        """Let all others leave the device; False where none is there any more."""
+        """Let all others leave the device, then halve micro-batches; False after both."""
         others = [m for m in self.members if m is not member and m.live is not None]
         there = [m for m in others if not m.is_parked]
         for other in there:
             other.park()
+        if not there and not member.gives_way:
+            member.gives_way = True
+            return True
         return bool(there)
 
     def _wake(self, member: Member, turn: Turn, found: Snapshot | None) -> None:

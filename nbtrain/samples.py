@@ -187,7 +187,8 @@ class Order:
     def _make(self, epoch: int) -> Sequence[int] | torch.Tensor:
         words = (self._seed, "order", epoch)
         if self.is_batched:
-            batches = [list(batch) for batch in _drawn(self._source.batch_sampler, *words)]
+            drawn = _drawn(self._source.batch_sampler, *words)
+            batches = [list(batch) for batch in drawn if len(batch)]
             kept = [*self._ends.items()][-1:]
             self._ends = dict(kept) | {epoch: list(accumulate(map(len, batches)))}
             return list(chain.from_iterable(batches))

@@ -10,7 +10,7 @@ Nothing of Ray is in here: `cluster` makes such a worker an actor.
 
 from __future__ import annotations
 
-import pickle
+import copy
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -28,6 +28,8 @@ from nbtrain.member import Interval, Member, why
 from nbtrain.recipe import Recipe
 from nbtrain.table import Row
 from nbtrain.thread import Settings
+
+PLAIN = (str, bytes, int, float, type(None))
 
 
 class Switches:
@@ -166,8 +168,10 @@ def sendable(error: Exception) -> Exception:
     """Return an exception that can be raised in another process, with its traceback as a note."""
     error.add_note("In the worker:\n" + "".join(traceback.format_exception(error)).rstrip())
     is_foreign = type(error).__module__.startswith(("nbtrain_recipe_", "__main__"))
+    is_foreign = is_foreign or "<locals>" in type(error).__qualname__
+    is_foreign = is_foreign or not all(isinstance(arg, PLAIN) for arg in error.args)
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # by the protocol that would carry it
     except Exception:  # its class has its own mind about that, or holds what cannot travel
         is_foreign = True
     if not is_foreign:
@@ -176,9 +180,9 @@ def sendable(error: Exception) -> Exception:
     kind: type[Exception] = next(
         (k for k in type(error).__mro__ if k.__module__ == NbtrainError.__module__), TaskError
     )
-    copy = kind(why(error))
-    copy.__notes__ = error.__notes__
-    return copy
+    told = kind(why(error))
+    told.__notes__ = error.__notes__
+    return told
 
 
 def _part(member: Member, begun: Any) -> Snapshot | None:

@@ -1,21 +1,21 @@
-"""Side by side: the same population trained by a plain loop, by nbtrain here and on Ray, and by Ray Tune.
+"""Side by side: one population trained by a plain loop, by nbtrain here and on Ray, by Ray Tune.
 
     pip install -e '.[test]' && OMP_NUM_THREADS=1 python tests/bench_population.py [--repeats 3]
 
 One job for all: members of one small net with dropout, their data in memory, trained with one thread,
 a validation after each slice, the worst quarter going on from copies of the best. The plain loop is
-what one would write by hand: it copies and explores too, and saves nothing. Ray Tune's own PBT is in its
-best documented setup: synchronous, actors reused, four checkpoints kept of each trial, and the trainable
-saves the optimizer too, which that of the official example does not. Ray is given one CPU, so that
-members take turns everywhere, and what is measured is the way from one to the next.
+what one would write by hand: it copies and explores too, and saves nothing. Ray Tune's own PBT is in
+its best documented setup: synchronous, actors reused, four checkpoints kept of each trial, and the
+trainable saves the optimizer too, which that of the official example does not. Ray is given one CPU, so
+that members take turns everywhere, and what is measured is the way from one to the next.
 
 Each contender is a fresh process; turns alternate, and what is told is the median of each turn's ratio
 to the plain loop's turn just before, because a shared machine changes its speed.
 
     start      from a torch that is imported to the first step, in seconds
-    a slice    wall time of the training beyond the plain loop's, over the number of slices
-    its way    of that, the part that is no step of training: what lies between two members' slices
-    CPU        seconds of the process and all that it started, over the plain loop's
+    a slice    wall time from the first step on, beyond the plain loop's, over the number of slices
+    between    what lies between two members' slices, neither training nor validation; unknown on Ray
+    CPU        seconds from the first step on, of the process and all that it started, over the loop's
     memory     of all these together, at most, in MiB
     written    bytes that all these wrote to disk, over those of the population's state
     at most    bytes that were kept at any time, over the same
@@ -27,6 +27,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -73,7 +74,7 @@ def net() -> nn.Module:
 
 def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     told = os.environ["BENCH_FIRST"]
-    if not os.path.exists(told):  # the first step of all, in whichever process it is
+    if output.requires_grad and not os.path.exists(told):  # in whichever process it is
         with open(told, "w") as file:
             file.write(str(time.time()))
     return nn.functional.cross_entropy(output, target)
@@ -83,7 +84,7 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.argmax(1) == target).float()
 
 
-# ---- the contenders; each returns the wall time of its training, and what of it is no training
+# ---- the contenders; each returns what of its wall time lies between slices, where it knows
 
 
 class Member:
@@ -120,11 +121,10 @@ class Member:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def by_hand(folder: Path) -> tuple[float, float]:
+def by_hand(folder: Path) -> float:
     torch.manual_seed(0)
-    began = time.perf_counter()
     members = [Member(10 ** random.uniform(-3, -1), random.uniform(0.1, 0.9)) for _ in range(MEMBERS)]
-    trained_s = 0.0
+    began, trained_s = time.perf_counter(), 0.0  # torch's first optimizer takes a second
     for _ in range(ROUNDS):
         began_round = time.perf_counter()
         scores = [member.slice() for member in members]
@@ -134,11 +134,10 @@ def by_hand(folder: Path) -> tuple[float, float]:
         for worst in order[:count]:
             members[worst].put(copy.deepcopy(members[random.choice(order[-count:])].state()))
             members[worst].explore()
-    took_s = time.perf_counter() - began
-    return took_s, took_s - trained_s
+    return time.perf_counter() - began - trained_s
 
 
-def ours(engine: str, folder: Path) -> tuple[float, float]:
+def ours(engine: str, folder: Path) -> float:
     import nbtrain
     from nbtrain.member import Member as Ours
 
@@ -190,7 +189,7 @@ def ours(engine: str, folder: Path) -> tuple[float, float]:
     population.run()
     took_s = time.perf_counter() - began
     assert population.is_done and len(population.history) == SLICES
-    return took_s, took_s - sum(inside.values()) if engine == "local" else float("nan")
+    return took_s - sum(inside.values()) if engine == "local" else math.nan
 
 
 def begin_ray() -> None:
@@ -201,7 +200,7 @@ def begin_ray() -> None:
     ray.init(num_cpus=1, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
 
-def tune(folder: Path) -> tuple[float, float]:
+def tune(folder: Path) -> float:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune
     from ray.tune.schedulers import PopulationBasedTraining
@@ -249,15 +248,13 @@ def tune(folder: Path) -> tuple[float, float]:
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
         ),
     )
-    began = time.perf_counter()
     results = tuner.fit()
-    took_s = time.perf_counter() - began
     assert len(results) == MEMBERS and not results.errors
     assert all(result.metrics["training_iteration"] == ROUNDS for result in results)
-    return took_s, float("nan")
+    return math.nan
 
 
-CONTENDERS: dict[str, Callable[[Path], tuple[float, float]]] = {
+CONTENDERS: dict[str, Callable[[Path], float]] = {
     "plain loop": by_hand,
     "nbtrain": lambda folder: ours("local", folder),
     "nbtrain on Ray": lambda folder: ours("ray", folder),
@@ -268,24 +265,26 @@ CONTENDERS: dict[str, Callable[[Path], tuple[float, float]]] = {
 # ---- what they cost
 
 
-def one(name: str, folder: Path) -> None:
+def one(name: str, place: str) -> None:
     """Be one contender, and write down what it knows of itself."""
+    folder = Path(place)
     torch.set_num_threads(1)
     began_at = time.time()
-    took_s, between_s = CONTENDERS[name](folder / "kept")
-    first_at = float(Path(os.environ["BENCH_FIRST"]).read_text())
-    told = {"start_s": first_at - began_at, "took_s": took_s, "between_s": between_s}
+    between_s = CONTENDERS[name](folder / "kept")
+    ended_at, first_at = time.time(), float(Path(os.environ["BENCH_FIRST"]).read_text())
+    told = {"start_s": first_at - began_at, "took_s": ended_at - first_at, "between_s": between_s}
     (folder / "told").write_text(json.dumps(told))
 
 
 class Watch:
-    """What a process and all that it starts have cost so far, and what a folder holds."""
+    """What a process and all that it starts have cost so far, and what its folder holds."""
 
     def __init__(self, pid: int, folder: Path) -> None:
         self._root, self._folder = psutil.Process(pid), folder
         self._cpu_s: dict[tuple[int, float], float] = {}
         self._written: dict[tuple[int, float], int] = {}
         self.most_bytes = self.most_memory = 0
+        self.before_s = 0.0  # what it had cost when it began to train
 
     def look(self) -> None:
         memory = 0
@@ -299,7 +298,9 @@ class Watch:
             except psutil.Error:  # it has ended meanwhile
                 continue
         self.most_memory = max(self.most_memory, memory)
-        self.most_bytes = max(self.most_bytes, size(self._folder))
+        self.most_bytes = max(self.most_bytes, size(self._folder / "kept"))
+        if not (self._folder / "first").exists():
+            self.before_s = self.cpu_s
 
     @property
     def cpu_s(self) -> float:
@@ -331,11 +332,14 @@ def measured(name: str) -> dict[str, float]:
     """Run a contender to its end in a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="bench"))
     (folder / "kept").mkdir()
-    env = os.environ | {"BENCH_FIRST": str(folder / "first"), "RAY_DEDUP_LOGS": "1"}
+    # Imported, because Ray's processes must find what is in here too, and `__main__` is another there.
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"BENCH_FIRST": str(folder / "first"), "PYTHONPATH": paths}
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, __file__, "--one", name, str(folder)]
+        be = "import sys, bench_population; bench_population.one(*sys.argv[1:])"
+        command = [sys.executable, "-c", be, name, str(folder)]
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        watch = Watch(process.pid, folder / "kept")
+        watch = Watch(process.pid, folder)
         while process.poll() is None:
             watch.look()
             time.sleep(LOOK_EVERY_S)
@@ -344,7 +348,8 @@ def measured(name: str) -> dict[str, float]:
         told: dict[str, float] = json.loads((folder / "told").read_text())
     finally:
         shutil.rmtree(folder)
-    costs = {"cpu_s": watch.cpu_s, "written": watch.written, "most": watch.most_bytes}
+    cpu_s = watch.cpu_s - watch.before_s
+    costs = {"cpu_s": cpu_s, "written": watch.written, "most": watch.most_bytes}
     return told | costs | {"memory": watch.most_memory / 2**20}
 
 
@@ -358,11 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        one(options.one[0], Path(options.one[1]))
-        return
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
     names = ["plain loop", *(name for name in options.only if name != "plain loop")]
@@ -373,9 +374,12 @@ def main() -> None:
             turns[name].append(found)
             beyond_s = (found["took_s"] - plain["took_s"]) / SLICES
             pairs[name].append((beyond_s, found["cpu_s"] / plain["cpu_s"]))
-            print(f"{name}: {found['took_s']:.1f} s, plain {plain['took_s']:.1f} s", file=sys.stderr)
+            said = f"{name}: start {found['start_s']:.1f} s"
+            for who, cost in (("then", found), ("plain", plain)):
+                said += f"; {who} {cost['took_s']:.1f} s, {cost['cpu_s']:.1f} CPU s"
+            print(f"{said}; load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     print(f"{SLICES} slices of {EPOCHS_A_ROUND * SAMPLES // BATCH} steps; load {os.getloadavg()}")
-    print("                start s   a slice ms   its way ms    CPU  memory MiB  written  at most")
+    print("                start s   a slice ms   between ms    CPU  memory MiB  written  at most")
     for name in names:
         mid = {key: median(turn[key] for turn in turns[name]) for key in turns[name][0]}
         beyond_s, cpu = (median(column) for column in zip(*pairs[name], strict=True))

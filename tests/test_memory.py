@@ -67,7 +67,7 @@ class Short:
         return nn.functional.cross_entropy(output, y)
 
 
-def build(room: int = 4, plain: bool = False, **changes: Any) -> nbtrain.Task:
+def build(room: int = 4, plain: bool = False, valid: bool = False, **changes: Any) -> nbtrain.Task:
     layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)]
     model = nn.Sequential(*([layers[0], layers[4]] if plain else layers))
     model = model.double() if plain else model
@@ -77,6 +77,7 @@ def build(room: int = 4, plain: bool = False, **changes: Any) -> nbtrain.Task:
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
         train=Doubled() if plain else Told(),
+        valid=Told() if valid else None,
         step=step,
         parts={"count": count},
     )
@@ -259,6 +260,19 @@ def test_any_other_error_is_the_users_own(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run.run()
     assert run.state == "failed" and run._live.rooms == {}
+
+
+def test_a_validation_without_room_says_so_and_the_epochs_training_is_kept(tmp_path: Path) -> None:
+    run = session(tmp_path, valid=True, room=3)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run.run()
+    assert (
+        "in the validation, with batches of 8. Give valid= as a DataLoader" in caught.value.__notes__[0]
+    )
+    assert run.state == "failed"
+    again = session(tmp_path)
+    assert (again.step, again.epoch) == (2, 0)
+    assert again.run().is_done
 
 
 @pytest.mark.parametrize(

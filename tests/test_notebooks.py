@@ -6,16 +6,20 @@ import asyncio
 import os
 import queue
 import shutil
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from runs import session
+from sklearn.datasets import load_digits
 
 import nbtrain
 from nbtrain import checkpoint
@@ -24,6 +28,7 @@ from nbtrain.stores import FolderStore
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 KAGGLE = Path("/kaggle")
 RESUME = "resume("
+SIZES = "MEMBERS, EPOCHS, EVERY, SEEDS = 10, 16, 4, 3"
 
 # These come from Jupyter's own packages, at import and at shutdown.
 pytestmark = [
@@ -157,6 +162,39 @@ def test_the_own_loop_trains_and_validates_by_itself(tmp_path: Path) -> None:
     assert "done at epoch 2.00" in str(loop.outputs)
     assert "image/png" in shown(cells[-1])
     assert "accuracy" in str(cells[-2].outputs)
+
+
+def write_digits(folder: Path) -> None:
+    """Put 10,000 images where torchvision keeps MNIST's, so that nothing is downloaded."""
+    digits = load_digits()
+    chosen = np.arange(10_000) % len(digits.target)
+    images = torch.tensor(digits.images[chosen] * 255 / 16, dtype=torch.float32)
+    images = torch.nn.functional.interpolate(images[:, None], 28, mode="bilinear").byte()
+    raw = folder / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    heads = {"images-idx3": (2051, 10_000, 28, 28), "labels-idx1": (2049, 10_000)}
+    bodies = images.numpy().tobytes(), digits.target[chosen].astype("uint8").tobytes()
+    for (name, head), body in zip(heads.items(), bodies, strict=True):
+        (raw / f"t10k-{name}-ubyte").write_bytes(struct.pack(f">{len(head)}i", *head) + body)
+
+
+def test_the_population_is_compared_and_goes_on_without_its_code(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    cells = cells_of("population")
+    sizes = next(cell for cell in cells if "MEMBERS, EPOCHS" in cell.source)
+    assert SIZES in sizes.source
+    sizes.source = sizes.source.replace(SIZES, "MEMBERS, EPOCHS, EVERY, SEEDS = 4, 2, 1, 2")
+    done = [cell for cell in execute(cells, tmp_path) if cell.cell_type == "code"]
+    assert "best accuracy" in str(done[2].outputs) and "done at round 2" in str(done[2].outputs)
+    pictures = [shown(cell) for cell in done if "image/png" in shown(cell)]
+    assert len(pictures) == 4, "the twin, scores, genealogy, the replay beside a plain session"
+    table = next(shown(cell)["text/plain"] for cell in done if "means = " in cell.source)
+    assert all(word in table for word in ("fixed", "random", "pbt", "mean test"))
+    # Every population was tested once, and remembers it; each is found again without its code.
+    store = tmp_path / "nbtrain-sessions"
+    for name in (f"mnist-{arm}-{seed}" for arm in ("fixed", "random", "pbt") for seed in (0, 1)):
+        found = nbtrain.resume(name, store=store, trust_code=True, bar=False)
+        assert found.is_done and len(found.status()["tests"]) == 1
 
 
 @pytest.mark.parametrize("how", TRAINING)

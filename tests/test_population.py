@@ -23,6 +23,7 @@ from nbtrain import checkpoint
 from nbtrain.errors import (
     CheckpointError,
     DataError,
+    LossError,
     NbtrainWarning,
     SessionError,
     StoreError,
@@ -60,6 +61,17 @@ QUIET = pytest.mark.filterwarnings("ignore:A fresh kernel could not rebuild")
 
 
 # ---- the same bits
+
+
+def test_the_line_counts_no_round_that_never_comes(whole: nbtrain.Population, tmp_path: Path) -> None:
+    class Line:
+        def put(self, done: int, text: str) -> None:
+            said.append(f"{done}: {text}")
+
+    said: list[str] = []
+    for found in (population(tmp_path), whole):
+        found._rounds.draw(Line())  # type: ignore[arg-type]
+    assert said[0].startswith("0: round 1, best") and said[1].startswith("9: round 3, best")
 
 
 def test_two_plain_runs_are_equal(whole: nbtrain.Population, tmp_path: Path) -> None:
@@ -170,7 +182,7 @@ def test_one_line_in_a_fresh_kernel_goes_on(whole: nbtrain.Population, tmp_path:
 
     first._rounds._close = stopping  # type: ignore[method-assign]
     first.run()
-    with pytest.raises(TrustError, match="def build"):
+    with pytest.raises(TrustError, match=r"(?s)a population of 3 in round 2, best score .*def build"):
         nbtrain.resume("herd", store=tmp_path / "herd")
     result = tmp_path / "bits.pt"
     assert in_fresh_process(resume_and_finish, tmp_path / "herd", result) == 0
@@ -339,6 +351,14 @@ def test_where_all_fail_the_first_error_is_raised_and_the_round_can_be_tried_aga
         if again is not found:
             assert len(again.history) == MEMBERS
             assert_same_bits(bits(again.run()), bits(whole))
+
+
+@QUIET
+def test_where_all_diverge_the_advice_is_for_a_population(tmp_path: Path) -> None:
+    found = population(tmp_path, build=failing(lambda lr: True, None))
+    with pytest.raises(LossError, match=r"loss is nan at step .*\nGive the space lower rates") as told:
+        found.run()
+    assert "session.set" not in str(told.value)
 
 
 @QUIET
@@ -598,3 +618,21 @@ def test_plots_are_figures_of_what_is_there(tmp_path: Path) -> None:
         found.plot("loss")
     with pytest.raises(SessionError, match="A panel needs a notebook"):
         found.panel()
+
+
+@QUIET
+def test_on_a_device_that_stays_full_micro_batches_are_halved(tmp_path: Path) -> None:
+    def narrow(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if len(target) > 4 and output.requires_grad:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return nn.functional.cross_entropy(output, target)
+
+    def full(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+        task = build(lr, weight_decay)
+        task.loss = narrow
+        return task
+
+    found = population(tmp_path, build=full, batch_size=8).run()
+    assert found.state == "done" and not any(row["error"] for row in found.history)
+    rooms = [m.live.rooms["cpu"] for m in found._rounds.members if m.live is not None]
+    assert rooms and max(rooms) <= 4

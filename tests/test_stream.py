@@ -188,6 +188,18 @@ def test_a_length_that_is_not_true_is_told(length: int, message: str) -> None:
         [next(loader) for _ in range(8)]
 
 
+def test_the_streams_part_has_its_name_for_itself(tmp_path: Path) -> None:
+    def named() -> nbtrain.Task:
+        return task(Stateful(), parts={"train data": nn.Linear(1, 1)})
+
+    with pytest.raises(DataError, match=r"'train data' is the stream's own part"):
+        session(tmp_path, build=named)
+
+
+def test_a_stream_is_audited() -> None:
+    assert "reproducible" in str(nbtrain.audit(stateful, batch_size=3, device="cpu", steps=2))
+
+
 def test_a_rehearsed_stream_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     from nbtrain import probe
 
