@@ -113,8 +113,8 @@ class Bar:
         return cls(name, live.num_seen, total, is_batch=is_batch, shown=shown and is_main)
 
     def is_due(self) -> bool:
-        """Whether the line is old enough to be drawn again."""
-        return time.monotonic() >= self._due
+        """Whether there is a line, old enough to be drawn again."""
+        return self._is_shown and time.monotonic() >= self._due
 
     def show(
         self,

@@ -216,7 +216,7 @@ def compared(sessions: Sequence[tuple[str, Columns, Rows]]) -> Figure:
         means += [train, valid[1]]
         lrs.append(columns["lr"])
         ends += [*x[-1:].tolist(), *valid[0][-1:].tolist()]
-    whole = scales.epochs(max(ends), is_endless=True)
+    whole = scales.linear(0.0, max(ends) or 1.0, 10)
     frames.fit(top, whole, scales.losses(np.zeros(0), np.concatenate(means)))
     frames.fit(bottom, whole, scales.rates(lrs))
     top.tick_params(labelbottom=False)

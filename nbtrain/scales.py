@@ -15,6 +15,7 @@ import numpy.typing as npt
 MAX_POINTS = 1000  # of a line; a screen is hardly wider
 MIN_MEAN_ROWS, MEAN_SHARE = 10.0, 0.01  # how long the running mean is: rows at least, and of all rows
 LOG_RANGE = 20.0  # highest by lowest loss; above it a linear axis shows the first minutes only
+LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # of an axis of epochs, times a power of ten
 LOG_DEPTH = 1e-6  # lowest by highest loss; a log axis goes no deeper, for a loss may be 0
 
 Floats = npt.NDArray[np.float64]
@@ -111,9 +112,12 @@ def rates(drawn: Iterable[Floats]) -> Scale:
 
 
 def epochs(end: float, *, is_endless: bool) -> Scale:
-    """Return an axis from 0 to the end of the run, or to a tick beyond it where it has none."""
-    scale = linear(0.0, end or 1.0, 10)
-    return scale if is_endless else _upto(end or 1.0)
+    """Return an axis from 0 to the end of the run, or to a length that stays a while."""
+    end = end or 1.0
+    if is_endless:  # each new axis costs as much as four pictures
+        unit = 10.0 ** math.floor(math.log10(end))
+        end = next(m * unit for m in LENGTHS if m * unit >= 0.999 * end)
+    return _upto(end)
 
 
 def zoomed(scale: Scale, reached: float) -> Scale:

@@ -76,6 +76,16 @@ def test_a_log_axis_holds_its_curve_between_round_ticks(low: float, high: float)
     assert all(axis.low <= tick <= axis.high for tick in axis.ticks)
 
 
+def test_a_run_without_end_gets_a_new_axis_a_few_times_for_each_ten_times_of_its_length() -> None:
+    ends = np.linspace(1.0, 100.0, 2000)
+    axes = [scales.epochs(end, is_endless=True) for end in ends]
+    assert all(
+        end <= axis.high * 1.001 and axis.high <= 1.55 * end
+        for end, axis in zip(ends, axes, strict=True)
+    )
+    assert len(set(axes)) <= 16
+
+
 def test_an_axis_stays_while_its_curve_grows_a_little() -> None:
     assert scales.linear(0.31, 2.2, 4) == scales.linear(0.3, 2.24, 4)
     assert scales.epochs(3.3, is_endless=True) == scales.epochs(3.45, is_endless=True)

@@ -1,6 +1,6 @@
 """The face of a session or a population: one thread draws panel and static twin, beside the training.
 
-It looks four times a second while there is training, and at once where somebody clicked or typed. It
+It looks twice a second while there is training, and at once where somebody clicked or typed. It
 holds what it shows only weakly: a panel that still stands in a page keeps no model in the memory.
 """
 
@@ -23,7 +23,7 @@ from nbtrain.face.markup import Run, Trained
 from nbtrain.face.panel import Panel
 from nbtrain.face.twin import Outputs, Twin
 
-TICK_S = 0.25
+TICK_S = 0.5  # each look takes the interpreter's lock from the training; a click wakes at once
 IDLE_S = 1.0  # between two looks at whether it trains again
 EXIT_PATIENCE_S = 5.0  # for a picture that is being drawn
 TWIN_EVERY_S = 30.0  # a picture in the saved notebook; short epochs must not draw without end
@@ -113,7 +113,7 @@ class Drawn(ABC):
                 state = self._session.state
                 due = touched or is_late or state == "running" or state != self._state
                 if due and not self._is_over:
-                    self._draw()
+                    self._draw(touched=touched)
         except ReferenceError:
             if self.panel is not None:
                 self.panel.leave(GONE.format(self._name))
@@ -126,14 +126,14 @@ class Drawn(ABC):
         if self._thread is not None:
             self._thread.join(EXIT_PATIENCE_S)
 
-    def _draw(self, *, at_once: bool = False) -> None:
+    def _draw(self, *, at_once: bool = False, touched: bool = True) -> None:
         with self._drawing:
             state, now = self._session.state, self._clock()
             at_once = at_once or state != self._state
             self._state = state
             try:
                 if self.panel is not None:
-                    self.panel.refresh(at_once=at_once)
+                    self.panel.refresh(at_once=at_once, touched=touched)
                     self.panel.draw(at_once=at_once)
                 if self._twin.is_stale and (at_once or now >= self._twin_due):
                     self._twin.renew()

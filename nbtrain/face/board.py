@@ -135,15 +135,23 @@ class Board(ABC):
         for button in self._buttons:
             button.disabled = True
 
-    def refresh(self, *, at_once: bool = False) -> None:
-        """Show the facts as they are now; the numbers every two seconds, or when they must."""
+    def refresh(self, *, at_once: bool = False, touched: bool = True) -> None:
+        """Show the facts as they are now: at once where the state is another, else every two seconds.
+
+        Args:
+            at_once: Whether all is shown now.
+            touched: Whether somebody clicked or typed, which is answered at once too.
+        """
         facts, now = self._shown.status(), self._clock()
         told = (facts["state"], facts["reason"], facts["asked"], facts["resumed"])
-        if at_once or told != self._told or now >= self._status_due:
+        is_due = at_once or told != self._told or now >= self._status_due
+        if is_due:
             self._told, self._status_due = told, now + STATUS_EVERY_S
             self._status.value = self._status_of(facts)
             # With it, so that no two numbers are of different moments.
             self._numbers(facts)
+        elif not touched:  # it is looked often, and each time takes the interpreter's lock
+            return
         self._alert.value = markup.alert("\n".join(filter(None, (facts["error"], self._said))))
         self._log.value = markup.log(self._shown.lines[-NUM_LINES:])
         self._tell(facts)
