@@ -20,9 +20,9 @@ The map, from the call site down; a module imports only what stands below it::
     waiting      the cell waits, another thread trains
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
-     trial        the first steps of a run, trained for their bits alone
-     cluster      Ray: workers wherever there is room for them
-     worker       slices done in another process
+    trial        the first steps of a run, trained for their bits alone
+    cluster      Ray: workers wherever there is room for them
+    worker       slices done in another process
     member       one member of a population, and its part in one round
     parking      members that wait leave a device that is full
     making       what a member is made from
@@ -33,6 +33,7 @@ The map, from the call site down; a module imports only what stands below it::
     opening      from what the user wrote to what is alive
     arguments    what a session may be told, and what of it makes sense
     replaying    a schedule of hyperparameters, trained by one session
+    live         what is alive, and what a window does to it
     reading      a task's data, ready to be read
     saving       snapshots to checkpoints in the background
     checkpoint   parts to store and back: payload first, manifest last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,15 @@ def test_no_function_outgrows_a_screen() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     assert not [module for module, tree in MODULES.items() if not ast.get_docstring(tree)]
+
+
+def test_every_module_stands_on_the_map_and_in_the_readme() -> None:
+    names = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
+    names -= {"__init__", "__main__", "demo"}
+    on_map = set(re.findall(r"\w+", (nbtrain.__doc__ or "").split("::")[1]))
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    assert not names - on_map
+    assert not {name for name in names if f"{name}.py" not in readme and f"{name}/" not in readme}
 
 
 def test_the_public_names_are_few_sorted_and_frozen() -> None:
