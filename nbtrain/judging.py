@@ -7,6 +7,7 @@ another patience holds for what was seen before it too.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,24 @@ class Judging:
             is_better = score is not None and sign * score < best
             best, since = (sign * score, 0) if score is not None and is_better else (best, since + 1)
         return since >= self.patience
+
+    def refuse_unknown(self, metrics: Iterable[str]) -> None:
+        """Refuse a metric that no validation will give, before any training.
+
+        Args:
+            metrics: Names of the task's metrics; one that keeps count may give several by its name.
+
+        Raises:
+            TaskError: says which there are.
+        """
+        known = [LOSS, *metrics]
+        if not any(self.metric == name or self.metric.startswith(f"{name}_") for name in known):
+            near = difflib.get_close_matches(self.metric, known, 1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise TaskError(
+                f"metric={self.metric!r} is not among what the validation gives: {', '.join(known)}. "
+                f"{hint}Name one of these, or give it to Task(metrics={{...}})."
+            )
 
     def check(self, written: Mapping[str, Any]) -> None:
         """Refuse a validation that does not give what the run is judged by.

@@ -105,7 +105,12 @@ class Live:
     @property
     def room(self) -> int | None:
         """Most samples that a micro-batch has room for on this device; None where that is not known."""
-        return self.rooms.get(memory.device_name(self.task.model)) if self.rooms else None
+        return memory.room(self.rooms, self.task.model)
+
+    @property
+    def valid_room(self) -> int | None:
+        """The same of a batch of the validation, which needs less for each sample."""
+        return memory.room(self.rooms, self.task.model, validates=True)
 
     @property
     def micro_batch(self) -> int:

@@ -295,20 +295,23 @@ class Loop(Driven):
     def _validate(self, loader: Loader) -> dict[str, float] | None:
         if not self._may_go_on("validation"):
             return None
-        opened, began = self._opened, self._opened.clock()
+        opened, live, began = self._opened, self.live, self._opened.clock()
         try:
             metrics = validate(
-                self.live.task,
+                live.task,
                 loader,
                 opened.valid_batch,
                 seed=opened.seed,
                 forward=opened.forward,
                 proceed=lambda: self._may_go_on("window"),
+                room=live.valid_room,
             )
         except RuntimeError as error:
-            if memory.is_shortage(error):
-                error.add_note(memory.valid_way_out(opened.valid_batch))
-            raise
+            if not memory.is_shortage(error):
+                raise
+            size, model = opened.valid_batch, live.task.model
+            self.lines.say(memory.give_way_in_validation(error, live.rooms, model, size))
+            return self._validate(loader)
         if metrics is not None:
             self._budget.observe("validation", opened.clock() - began)
         return metrics

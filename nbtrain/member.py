@@ -203,14 +203,21 @@ class Member:
         assert read.valid is not None
         if not proceed("validation"):
             return None
-        metrics = validate(
-            read.task,
-            read.valid,
-            read.valid_batch,
-            seed=self._maker.seed,
-            forward=self._maker.forward,
-            proceed=lambda: proceed("window"),
-        )
+        try:
+            metrics = validate(
+                read.task,
+                read.valid,
+                read.valid_batch,
+                seed=self._maker.seed,
+                forward=self._maker.forward,
+                proceed=lambda: proceed("window"),
+                room=live.valid_room,
+            )
+        except RuntimeError as error:
+            if not (self.gives_way and memory.is_shortage(error)):
+                raise
+            memory.give_way_in_validation(error, live.rooms, read.task.model, read.valid_batch)
+            return self.validate(proceed)
         if metrics is None:
             return None
         if live.next_window() is None and not live.is_done:

@@ -28,6 +28,12 @@ _WORDS = (
     "DefaultCPUAllocator: not enough memory",
 )
 
+VALID = ", in the validation"  # behind a device's name
+VALID_WAY_OUT = (
+    "It was in the validation, with a single sample. Take smaller samples there, or a larger GPU: the "
+    "session stands before this validation."
+)
+
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that the device has too little memory."""
@@ -41,6 +47,15 @@ def device_name(model: nn.Module) -> str:
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def room(rooms: Mapping[str, int], model: nn.Module, *, validates: bool = False) -> int | None:
+    """Return how many samples there is room for at a time; None where that is not known."""
+    if not rooms:
+        return None
+    device = device_name(model)
+    known = (rooms.get(name) for name in ([device, device + VALID] if validates else [device]))
+    return min((size for size in known if size is not None), default=None)
 
 
 def release() -> None:
@@ -86,6 +101,22 @@ def halved(
     )
 
 
+def give_way_in_validation(
+    error: Exception, rooms: dict[str, int], model: nn.Module, batch_size: int
+) -> str:
+    """Let validations take half so many samples at a time; return in words what that changes.
+
+    Raises:
+        torch.OutOfMemoryError: it was a single sample.
+    """
+    before = min(batch_size, room(rooms, model, validates=True) or batch_size)
+    if before == 1:
+        error.add_note(VALID_WAY_OUT)
+        raise error
+    rooms[device_name(model) + VALID] = size = -(-before // 2)
+    return f"out of memory in the validation with {before} at a time: at most {size} from here on"
+
+
 def way_out(settings: Mapping[str, Any]) -> str:
     """Return what to write where the loop is the user's own, which nobody can run again."""
     size, accumulate = settings["batch_size"], settings["accumulate"]
@@ -96,12 +127,4 @@ def way_out(settings: Mapping[str, Any]) -> str:
     return (
         f"session.set(batch_size={half}, accumulate={times}) takes {same} with less memory; "
         "then run the cell again: it goes on before this step. session.run() does it by itself."
-    )
-
-
-def valid_way_out(size: int) -> str:
-    """Return what to write where the validation has no room."""
-    return (
-        f"It was in the validation, with batches of {size}. Give valid= as a DataLoader with a smaller "
-        "batch_size and run it again: the session stands at the epoch's end, before its validation."
     )

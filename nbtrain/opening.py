@@ -139,6 +139,8 @@ class Opened(Ground):
         self.forward = Forward.of(arguments, self.device)
         self.forward.prepare(self.task)
         self.judging = Judging.of(arguments)
+        if build is not None and self.task.step is None:  # else something else may be logged
+            self.judging.refuse_unknown(self.task.metrics)
         read = Reading(self.task, arguments | first, seed=self.seed, device=self.device)
         if self.replay is not None:
             self.replay.check(self.task, read.journal)

@@ -163,7 +163,8 @@ def put(
     built = {} if task.scheduler is None else schedulers.options(task.scheduler)
     optimizer = trees.restore(found["optimizer"], tensors)
     _check_same(
-        "The optimizer's groups hold other numbers of parameters.",
+        "The optimizer's groups hold other numbers of parameters. Where some were unfrozen or added, "
+        'Task(fresh=["their.names.*"]) says so.',
         [len(group["params"]) for group in optimizer["param_groups"]],
         [len(group["params"]) for group in task.optimizer.param_groups],
     )

@@ -116,6 +116,8 @@ class Task:
                     "Give it both, or leave it out of parts."
                 )
         self._check_ema()
+        if taken := {"valid_loss", *TAKEN} & self.metrics.keys():
+            raise TaskError(f"The metric {min(taken)!r} has a name of the history's own. Rename it.")
         if isinstance(self.fresh, str) or not all(isinstance(name, str) for name in self.fresh):
             raise TaskError(f'Task(fresh=) is {self.fresh!r}. Give a list of names: ["head.*"].')
         known = {id(p) for p in self.model.parameters()}

@@ -25,6 +25,7 @@ def validate(
     seed: int,
     forward: Forward,
     proceed: Callable[[], bool],
+    room: int | None = None,
 ) -> dict[str, float] | None:
     """Return {"valid_loss": mean, metric: mean, ...}, or None where `proceed` said no on the way.
 
@@ -35,6 +36,7 @@ def validate(
         seed: The session's.
         forward: How a batch becomes a loss.
         proceed: Asked before each batch.
+        room: Most samples that the device has memory for at a time, where that is less than a batch.
 
     Raises:
         TaskError: a metric gave something that is no number.
@@ -42,7 +44,7 @@ def validate(
     task = task.validated
     modes = {module: module.training for module in task.model.modules()}
     measuring = Measuring(task.metrics if task.step is None else {}, forward.device)
-    loader.start(0, 0, batch_size, epochs=1)
+    loader.start(0, 0, batch_size, epochs=1, room=room)
     task.model.eval()
     try:
         with torch.no_grad():

@@ -262,17 +262,42 @@ def test_any_other_error_is_the_users_own(tmp_path: Path) -> None:
     assert run.state == "failed" and run._live.rooms == {}
 
 
-def test_a_validation_without_room_says_so_and_the_epochs_training_is_kept(tmp_path: Path) -> None:
-    run = session(tmp_path, valid=True, room=3)
+def limited(run: nbtrain.Session, room: int) -> nbtrain.Session:
+    """Let validations have no memory for more than so many samples at a time."""
+    step = run.task.step
+
+    def scarce(model: nn.Module, batch: Any) -> Any:
+        if not model.training and len(batch[0]) > room:
+            raise torch.OutOfMemoryError("no memory")
+        assert step is not None
+        return step(model, batch)
+
+    run.task.step = scarce
+    return run
+
+
+def test_a_validation_without_room_is_done_in_smaller_batches(tmp_path: Path) -> None:
+    roomy = session(tmp_path / "roomy", valid=True, room=8).run()
+    run = limited(session(tmp_path / "scarce", valid=True, room=8), 3).run()
+    assert run.history["loss"] == roomy.history["loss"], "the training does not know of it"
+    pairs = list(zip(run.history["valid_loss"], roomy.history["valid_loss"], strict=True))
+    assert all(a == b if a is None or b is None else a == pytest.approx(b) for a, b in pairs)
+    said = [line for line in run.lines if "in the validation with" in line]
+    assert [line.rpartition("at most ")[2] for line in said] == ["4 from here on", "2 from here on"]
+
+
+def test_a_validation_without_room_for_one_says_so_and_the_epochs_training_is_kept(
+    tmp_path: Path,
+) -> None:
+    run = session(tmp_path, valid=True, room=8)
+    step = run.task.step
+    limited(run, 0)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run.run()
-    assert (
-        "in the validation, with batches of 8. Give valid= as a DataLoader" in caught.value.__notes__[0]
-    )
-    assert run.state == "failed"
-    again = session(tmp_path)
-    assert (again.step, again.epoch) == (2, 0)
-    assert again.run().is_done
+    assert "in the validation, with a single sample" in caught.value.__notes__[0]
+    assert run.state == "failed" and len([x for x in run.lines if "in the validation with" in x]) == 3
+    run.task.step = step
+    assert run.run().is_done
 
 
 @pytest.mark.parametrize(
