@@ -104,6 +104,10 @@ class Schedule:
         if not (_is_number(self.gamma) and 0 < self.gamma < math.inf):
             raise ValueError(f"gamma={self.gamma!r} must be a number above 0, for example 0.1.")
         _check_options(self)
+        if not isinstance(self.milestones, (list, tuple)) or not all(
+            _is_number(at) and math.isfinite(at) for at in self.milestones
+        ):
+            raise ValueError(f"milestones={self.milestones!r} must be a list of epochs: (30, 60, 80).")
         if self.decay == "multistep" and not self.milestones:
             raise ValueError('decay="multistep" needs milestones, for example (30, 60, 80).')
         if self.decay == "restarts" and self.period is None:
