@@ -51,6 +51,9 @@ class Stream:
         if len(dataset) == 0:
             raise DataError(f"{name}: the data set is empty. Check the path it was read from.")
         self.has_state = all(hasattr(dataset, n) for n in ("state_dict", "load_state_dict"))
+        # Each validation reads the same; the state that one leaves behind is in no checkpoint.
+        repeats = self.has_state and name == "valid"
+        self._first = copy.deepcopy(dataset.state_dict()) if repeats else None
         if not self.has_state and not skip_seen:
             raise DataError(
                 f"{name}: a {self._kind} has no positions to resume from, and no state_dict and "
@@ -94,6 +97,8 @@ class Stream:
         if position and self.has_state:
             raise ValueError(f"a {self._kind} stands at {self._at} and was asked for {epoch, position}")
         self._end(words)
+        if self._first is not None:
+            self.dataset.load_state_dict(copy.deepcopy(self._first))
         self._begin(words, epoch)
         began = time.perf_counter()
         for _ in range(position):

@@ -86,6 +86,23 @@ def skipping() -> nbtrain.Task:
     return task(Shuffled(), skip_seen=True)
 
 
+def test_each_validation_reads_a_stream_from_where_it_was_built(tmp_path: Path) -> None:
+    whole = session(tmp_path / "whole", build=validated, validate_every="2 steps").run()
+    cut = session(tmp_path / "cut", build=validated, validate_every="2 steps")
+    for batch in cut:
+        cut.update(cut.task.run(batch)[0])
+        if cut.step == 3:
+            break
+    cut = session(tmp_path / "cut", build=validated, validate_every="2 steps").run()
+    assert cut.history["valid_loss"] == whole.history["valid_loss"]
+
+
+def validated() -> nbtrain.Task:
+    made = task(Stateful())
+    made.valid = Stateful()
+    return made
+
+
 @pytest.mark.parametrize("build", [stateful, dropping, skipping])
 def test_a_run_on_a_stream_ends_in_the_same_bits_wherever_it_is_cut(tmp_path: Path, build: Any) -> None:
     whole = tmp_path / "whole.pt"
