@@ -59,6 +59,12 @@ def fitted(found: Snapshot, task: Task) -> tuple[Snapshot, dict[str, str]]:
         "tied": parts.tied(here),
         "optimizer": trees.flatten(optimizer, "optimizer", tensors),
     }
+    if task.ema is not None and "ema" in trees_of:  # which names what it averages as module.*
+        averaged, built = trees.restore(trees_of["ema"], found.tensors), task.ema.state_dict()
+        averaged = {n: v for n, v in averaged.items() if n.removeprefix("module.") not in gone}
+        averaged |= {f"module.{name}": built[f"module.{name}"] for name in anew}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema/")}
+        grown["ema"] = trees.flatten(averaged, "ema", tensors)
     made = replace(found, model=model, tensors=tensors, state=found.state | {"trees": grown})
     return made, told
 

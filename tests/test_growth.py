@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import Noisy, assert_same_bits, bits, cut_and_die, finish, in_fresh_process, session
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import nbtrain
 from nbtrain import CheckpointError
@@ -147,6 +148,29 @@ def test_a_run_that_has_grown_resumes_to_the_same_bits(tmp_path: Path, case: str
     result = tmp_path / "cut.pt"
     assert in_fresh_process(finish, tmp_path / "cut", result, build=new) == 0
     assert_same_bits(torch.load(result), torch.load(expected))
+
+
+@pytest.mark.parametrize("new", [wider, renamed])
+def test_the_average_has_another_head_too_and_goes_on_elsewhere(tmp_path: Path, new: Any) -> None:
+    def with_ema(build: Any) -> Any:
+        def built() -> nbtrain.Task:
+            task = build()
+            task.ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            return task
+
+        return built
+
+    before = session(tmp_path, build=with_ema(small)).run().task.ema.state_dict()
+    run = session(tmp_path, build=with_ema(new), epochs=3)
+    now, model = run.task.ema.state_dict(), run.task.model.state_dict()
+    assert now.keys() == {"n_averaged", *(f"module.{name}" for name in model)}
+    for name, value in now.items():
+        is_new = name.startswith(("module.head", "module.fc"))
+        assert torch.equal(value, model[name.removeprefix("module.")] if is_new else before[name]), name
+    run.run()
+    reopened = session(tmp_path, build=with_ema(new), epochs=3).task.ema.state_dict()
+    assert_same_bits(reopened, run.task.ema.state_dict())
+    assert run.is_done
 
 
 def test_the_same_cell_again_changes_nothing_more(tmp_path: Path) -> None:
