@@ -80,6 +80,11 @@ def note(
     return [f"{kind}: {names}, as Task(fresh=) says" for kind, names in told.items()]
 
 
+def count(journal: Journal) -> int:
+    """Return how often weights have come or gone; the best of before may fit the model no more."""
+    return len({e.step for e in journal.entries if e.what in ("weights afresh", "weights gone")})
+
+
 def _optimizer(
     saved: dict[str, Any], trees_of: Mapping[str, Any], task: Task, anew: Sequence[str]
 ) -> tuple[dict[str, Any], list[str], list[str]]:

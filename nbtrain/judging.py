@@ -133,12 +133,15 @@ class Judging:
 def best(facts: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Return which checkpoint has the best score, the earliest of equals, if any.
 
-    Only those count that are judged as the newest of them is: another metric is no better or worse.
+    Only those count that are judged as the newest of them is: another metric is no better or worse;
+    and whose model has the weights that the newest of all has: `fresh` may have given it others.
 
     Args:
         facts: Of each checkpoint, by its number.
     """
-    scored = {number: found for number in facts if (found := score(facts[number])) is not None}
+    grown = facts[max(facts)].get("grown", 0) if facts else 0
+    alike = [number for number, found in facts.items() if found.get("grown", 0) == grown]
+    scored = {number: found for number in alike if (found := score(facts[number])) is not None}
     if not scored:
         return None
     judged = scored[max(scored)][:2]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from nbtrain import grades
+from nbtrain import grades, growth
 from nbtrain.bar import goodbye, hello
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
@@ -74,7 +74,7 @@ class Keeping:
         live = self._live
         facts: dict[str, Any] = {"step": live.step, "stage": live.stage, "progress": live.progress}
         facts["at"] = time.time()
-        facts |= live.judging.facts(written or {})
+        facts |= live.judging.facts(written or {}) | {"grown": growth.count(live.journal)}
         state |= self._opened.identity(live)
         number, recipe = self.saver.next_number(), self._opened.recipe_source
         still = self._frozen.split(live.task.model, model)

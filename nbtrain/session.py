@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbtrain import auditing, checkpoint, finding, host, opening, parts, rehearsal, status, waiting
+from nbtrain import (
+    auditing,
+    checkpoint,
+    finding,
+    growth,
+    host,
+    opening,
+    parts,
+    rehearsal,
+    status,
+    waiting,
+)
 from nbtrain.arguments import ARGUMENTS
 from nbtrain.auditing import Audit
 from nbtrain.budget import seconds
@@ -332,7 +343,7 @@ class Session(Facts):
         saver = self._loop.keeping.saver
         saver.wait(copies=False)
         manifest = saver.best()
-        if manifest is None:
+        if manifest is None or manifest.facts.get("grown", 0) != growth.count(self.journal):
             raise SessionError(
                 "There is no best yet: no epoch with validation was saved. "
                 f"Give valid=, or session.log({self._live.judging.metric}=...)."

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import nbtrain
 from nbtrain import CheckpointError
-from nbtrain.errors import TaskError
+from nbtrain.errors import SessionError, TaskError
 
 
 class Net(nn.Module):
@@ -171,6 +171,16 @@ def test_the_average_has_another_head_too_and_goes_on_elsewhere(tmp_path: Path, 
     reopened = session(tmp_path, build=with_ema(new), epochs=3).task.ema.state_dict()
     assert_same_bits(reopened, run.task.ema.state_dict())
     assert run.is_done
+
+
+def test_the_best_is_one_that_the_model_fits(tmp_path: Path) -> None:
+    session(tmp_path, build=small).run()
+    run = session(tmp_path, build=wider, epochs=3)
+    with pytest.raises(SessionError, match="no best yet"):
+        run.best()
+    run.run()
+    assert run.best().head.weight.shape == (5, 8)
+    assert session(tmp_path, build=wider, epochs=3).best().head.weight.shape == (5, 8)
 
 
 def test_the_same_cell_again_changes_nothing_more(tmp_path: Path) -> None:
