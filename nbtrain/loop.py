@@ -184,7 +184,14 @@ class Loop(Driven):
                 self._fed, batch = next(opened.train)
                 randomness.seed(opened.seed, "step", live.step, window.micro_step)
                 self._is_cast = False
-                yield live.forward.moved(batch)
+                try:
+                    given = live.forward.moved(batch)
+                except RuntimeError as error:  # no room for the batch itself; nobody was given it
+                    if self.is_own or not self.gives_way(error):
+                        raise
+                else:
+                    yield given
+                    del given
                 if self._is_short:
                     break
                 if live.window is not window and not window.is_full:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import nbtrain
-from nbtrain import accumulation, checkpoint, memory, probe
+from nbtrain import accumulation, checkpoint, forward, memory, probe
 from nbtrain.stores import FolderStore
 
 NUM_SAMPLES = 28  # of windows of 16, 12: the last micro-batch of an epoch is one of 4
@@ -369,3 +369,22 @@ def test_a_rehearsed_window_is_cut_as_the_run_would_cut_it(tmp_path: Path) -> No
     assert len(seen["samples"]) == run.task.step.calls == 4 and run.task.step.sizes == [4] * 4
     run._loop.keeping.load()
     assert run.run().is_done
+
+
+def test_no_room_for_the_batch_itself_is_given_way_to_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = forward.Forward.moved
+
+    def short(self: forward.Forward, batch: Any) -> Any:
+        if torch.is_grad_enabled() and len(batch[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return moved(self, batch)
+
+    known = session(tmp_path / "known")
+    known._live.rooms = {"cpu": 2}
+    known.run()
+    monkeypatch.setattr(forward.Forward, "moved", short)
+    met = session(tmp_path / "met").run()
+    assert met._live.rooms == {"cpu": 2}
+    assert_same_bits(bits(met), bits(known))
