@@ -10,7 +10,7 @@ from typing import Any
 from nbtrain import journal
 from nbtrain.budget import seconds
 from nbtrain.forward import PRECISIONS
-from nbtrain.journal import SETTINGS
+from nbtrain.journal import OPTIONS, SETTINGS
 from nbtrain.judging import Judging
 from nbtrain.reading import DEFAULT_BATCH
 
@@ -21,6 +21,7 @@ ARGUMENTS = (
     *("metric", "direction", "patience", "validate_every"),
 )
 SPEED = {"precision": "fp32", "channels_last": False, "compile": False, "tf32": None}
+SHARED = SPEED | dict.fromkeys((*OPTIONS, "plateau_patience"))  # by all members of a population
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -55,19 +56,19 @@ def check(arguments: dict[str, Any]) -> None:
     journal.check(settings)
 
 
-def speed(given: dict[str, Any]) -> dict[str, Any]:
-    """Return what is given of the arguments that say how fast members compute, and the rest of them.
+def shared(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the further arguments that all members share: those that are given, and the rest of them.
 
     Raises:
         ValueError: one is no such argument.
     """
-    for name in given.keys() - SPEED.keys():
+    for name in given.keys() - SHARED.keys():
         if name in ARGUMENTS:
             raise ValueError(f"{name}= is an argument of Session alone. Leave it out.")
         near = difflib.get_close_matches(name, [*ARGUMENTS, "members", "interval", "space"], 1, 0.5)
         hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Population)."
         raise ValueError(f"There is no argument {name}=. {hint}")
-    return SPEED | given
+    return SHARED | given
 
 
 def check_speed(given: dict[str, Any]) -> None:

@@ -26,8 +26,9 @@ MISFIT = "Build the session as it was, or give the new one another name; the che
 class Start:
     """The start of a window: what a forward pass may change, kept until the window is done.
 
-    Parameters and optimizer state do not change inside a window, so with the buffers (BatchNorm's
-    running statistics) and the parts this is all that it takes to go back.
+    What is trained does not change inside a window, so with the buffers (BatchNorm's running
+    statistics), the parts, and frozen parameters that the user's step moves, such as a teacher's, this
+    is all that it takes to go back.
     """
 
     def __init__(self, task: Task) -> None:
@@ -41,9 +42,14 @@ class Start:
         }
         self._kept = [buffer.detach().clone() for buffer in self._live()]
         self._parts: dict[str, Any] = {}
+        named = task.model.named_parameters(remove_duplicate=False)
+        self._frozen = {name: p for name, p in named if not p.requires_grad}
+        self._versions: dict[str, int] = {}
+        self._moving: dict[str, Tensor] = {}
 
     def mark(self) -> None:
         """Remember this moment."""
+        self._mark_frozen()
         if self._kept:
             torch._foreach_copy_(self._kept, self._live())
         for name, part in self._task.parts.items():
@@ -54,9 +60,22 @@ class Start:
         """Make the model and the parts what they were, and drop the window's gradients."""
         if self._kept:
             torch._foreach_copy_(self._live(), self._kept)
+        for name, kept in self._moving.items():
+            self._frozen[name].detach().copy_(kept)
         for name, (tensors, tree) in self._parts.items():
             self._task.parts[name].load_state_dict(trees.restore(tree, tensors))
         self._task.optimizer.zero_grad(set_to_none=True)
+
+    def _mark_frozen(self) -> None:
+        for name, parameter in self._frozen.items():
+            before = self._versions.get(name)
+            if before is None:  # in the first window any of them may move: on the CPU they cost nothing
+                self._moving[name] = parameter.detach().to("cpu", copy=True)
+            elif before != parameter._version:
+                self._moving[name] = parameter.detach().clone()
+            else:
+                self._moving.pop(name, None)
+            self._versions[name] = parameter._version
 
     def _live(self) -> list[Tensor]:
         found = (module._buffers[name] for module, name in self._owners.values())
@@ -64,8 +83,8 @@ class Start:
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
-        """The model's buffers as they were."""
-        return dict(zip(self._owners, self._kept, strict=True))
+        """The model's buffers, and what moves of its frozen parameters, as they were."""
+        return self._moving | dict(zip(self._owners, self._kept, strict=True))
 
     @property
     def parts(self) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from nbtrain import ancestry, data, engines, founding, host, opening, standing, 
 from nbtrain import space as spaces
 from nbtrain.ancestry import Schedule
 from nbtrain.arguments import ARGUMENTS as OF_SESSION
-from nbtrain.arguments import speed as of_speed
+from nbtrain.arguments import shared
 from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.errors import NbtrainWarning, SessionError
@@ -72,7 +72,7 @@ class Population:
         resources: For "ray": Ray's options for each worker, such as {"num_cpus": 2, "num_gpus": 0.25};
             None is 1 CPU, and 1 GPU where the cluster has some. What shares a GPU must fit on it.
         bar: Whether `run` shows how far it is: in a notebook the panel, elsewhere a line.
-        **speed: precision, channels_last, compile and tf32, as for `Session`.
+        **options: precision, channels_last, compile, tf32, and what else `Schedule` takes.
 
     Raises:
         ValueError: an argument makes no sense.
@@ -121,9 +121,9 @@ class Population:
         resources: Mapping[str, Any] | None = None,
         bar: bool = True,
         clock: Callable[[], float] | None = None,
-        **speed: Any,
+        **options: Any,
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | of_speed(speed)
+        arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | shared(options)
         evolution = founding.evolution(arguments)
         self._ground = Ground(name, build, store, budget, started_at, device, clock, arguments, 2)
         self.name, self._shows, self.budget = name, bar, self._ground.budget

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from nbtrain import checkpoint, randomness, recipe
-from nbtrain.arguments import ARGUMENTS, check
-from nbtrain.arguments import speed as of_speed
+from nbtrain.arguments import ARGUMENTS, check, shared
 from nbtrain.checkpoint import Snapshot
 from nbtrain.cluster import package
 from nbtrain.errors import RecipeError
@@ -79,7 +78,7 @@ def tune_trainable(
     clip_norm: float | None = None,
     device: str | torch.device | None = None,
     deterministic: bool = False,
-    **speed: Any,
+    **options: Any,
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function for `ray.tune.Tuner`: trains what build gives, with a trial's config.
 
@@ -95,14 +94,14 @@ def tune_trainable(
         device: None is the GPU if Tune gives the trial one.
         batch_size, accumulate, num_workers, seed, warmup_epochs, warmup, decay, milestones, gamma,
             clip_norm, deterministic: As for `Session`.
-        **speed: precision, channels_last, compile and tf32, as for `Session`.
+        **options: precision, channels_last, compile, tf32, and what else `Schedule` takes.
 
     Raises:
         ValueError: an argument makes no sense.
         RecipeError: what build needs cannot be kept as text, and Tune's processes have nothing else.
         ModuleNotFoundError: Ray Tune is not installed.
     """
-    arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | of_speed(speed)
+    arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | shared(options)
     check(arguments | {"keep": 2, "save_every": None})
     every = Interval.read(interval)
     found = recipe.capture(build)

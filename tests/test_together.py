@@ -161,3 +161,77 @@ def test_a_range_test_leaves_a_stream_where_it_was(tmp_path: Path, steps: int) -
 def bits_without_validation(run: nbtrain.Session) -> dict[str, torch.Tensor]:
     found = {f"model.{k}": v.clone() for k, v in run.task.model.state_dict().items()}
     return found | {f"history.{c}": torch.tensor(run.history[c]) for c in ("step", "loss", "lr")}
+
+
+def taught() -> nbtrain.Task:
+    """A teacher that is frozen, and moved by the step itself."""
+    model = nn.ModuleDict({"student": nn.Linear(6, 3), "teacher": nn.Linear(6, 3)})
+    model["teacher"].requires_grad_(False)
+    optimizer = torch.optim.SGD(model["student"].parameters(), lr=0.1)
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        student, teacher = model["student"], model["teacher"]  # type: ignore[index]
+        with torch.no_grad():
+            teacher.weight.lerp_(student.weight, 0.2)
+        return (student(batch[0]) - teacher(batch[0])).square().mean()
+
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), step=step)
+
+
+@pytest.mark.parametrize("micro_step", [1, 4, 8])
+def test_a_teacher_that_moves_goes_back_with_its_window(tmp_path: Path, micro_step: int) -> None:
+    expected = bits_without_validation(session(tmp_path / "whole", build=taught).run())
+    run = session(tmp_path / "cut", build=taught)
+    for number, batch in enumerate(run):
+        loss, n, _ = run.task.run(batch)
+        if number == micro_step:
+            break
+        run.update(loss, n=n)
+    assert_same_bits(bits_without_validation(session(tmp_path / "cut", build=taught).run()), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"patience": 2}, r"patience= waits for validations, and there are none. Give Task\(valid=\)"),
+        ({"decay": "plateau"}, r'decay="plateau" waits for validations'),
+        ({"metric": "acuracy"}, "metric='acuracy' is not among what the validation gives: valid_loss"),
+    ],
+)
+def test_what_no_validation_will_answer_is_refused_before_any_training(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((ValueError, nbtrain.NbtrainError), match=said):
+        session(tmp_path, build=unwatched, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def unwatched() -> nbtrain.Task:
+    model = nn.Linear(6, 3)
+    return nbtrain.Task(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), train=Noisy())
+
+
+def watched(lr: float = 0.1) -> nbtrain.Task:
+    task = unwatched()
+    task.valid = Noisy()
+    return task
+
+
+def test_a_population_takes_the_whole_of_a_schedule(tmp_path: Path) -> None:
+    population = nbtrain.Population(
+        "herd",
+        watched,
+        space={"warmup_epochs": [0, 1]},
+        members=2,
+        interval="1 epoch",
+        epochs=2,
+        decay="restarts",
+        period=0.5,
+        floor=0.1,
+        store=tmp_path,
+        bar=False,
+        device="cpu",
+        num_workers=0,
+    )
+    assert population.run().is_done
+    assert population.members[0].journal.settings["period"] == 0.5
