@@ -83,9 +83,11 @@ class Loop(Driven):
         num_samples = self._fed
         try:
             self.live.add(loss, num_samples if n is None else n, named)
-        except RuntimeError as error:
-            if self.is_own and memory.is_shortage(error):
-                error.add_note(memory.way_out(self.live.journal.settings))
+        except Exception as error:
+            if self.is_own:  # the loop itself only sees that it is closed
+                self.reason = "error"
+                if memory.is_shortage(error):
+                    error.add_note(memory.way_out(self.live.journal.settings))
             raise
         self._fed = None
 

@@ -238,7 +238,7 @@ class Session(Facts):
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
-                f"loss={loss!r} is no scalar with a gradient. "
+                f"loss={_shown(loss)} is no scalar with a gradient. "
                 "Give the mean over the batch, not detached and not .item()."
             )
         if n is not None and not n > 0:
@@ -383,3 +383,9 @@ class Session(Facts):
 
             self._face = Face(self)
         return self._face
+
+
+def _shown(loss: Any) -> str:
+    """Write a loss that is none; of a whole tensor its shape."""
+    is_large = isinstance(loss, Tensor) and loss.numel() > 1
+    return f"a tensor of shape {tuple(loss.shape)}" if is_large else repr(loss)

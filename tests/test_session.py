@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -390,6 +391,34 @@ def test_a_stop_that_came_too_late_is_not_for_the_next_run(tmp_path: Path) -> No
     del run._loop.keeping.__dict__["finish"]
     run.run()
     assert run.state == "done"
+
+
+def test_an_error_inside_of_update_is_told_as_one_and_nothing_is_lost(tmp_path: Path) -> None:
+    expected = bits(session(tmp_path / "whole").run())
+    run = session(tmp_path / "broken")
+
+    def train() -> None:
+        for number, batch in enumerate(run):
+            loss, n, _ = run.task.run(batch)
+            if number == 4:
+                loss.backward()
+            run.update(loss, n=n)
+
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        train()
+    del caught  # its frames hold the loop
+    gc.collect()
+    assert (run.state, run.reason) == ("failed", "error")
+    assert "ended by an error" in run.lines[-1]
+    assert_same_bits(bits(run.run()), expected)
+
+
+def test_a_loss_that_is_a_whole_batch_is_told_by_its_shape(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    for _ in run:
+        with pytest.raises(ValueError, match=r"loss=a tensor of shape \(3, 2\) is no scalar"):
+            run.update(torch.zeros(3, 2))
+        break
 
 
 def test_a_save_that_was_asked_for_is_told(tmp_path: Path) -> None:
