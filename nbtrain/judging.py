@@ -111,6 +111,19 @@ class Judging:
                 f"{hint}Name one of these, or give it to Task(metrics={{...}})."
             )
 
+    def refuse_waiting(self, waits: Mapping[str, bool], *, has_valid: bool) -> None:
+        """Refuse what waits for validations where there are none.
+
+        Raises:
+            ValueError: says what waits, and what to give.
+        """
+        found = [
+            n for n, waiting in {"patience=": self.patience is not None, **waits}.items() if waiting
+        ]
+        if found and not (has_valid and self.every is not None):
+            missing = "validate_every=" if has_valid else "Task(valid=)"
+            raise ValueError(f"{found[0]} waits for validations, and there are none. Give {missing}.")
+
     def check(self, written: Mapping[str, Any]) -> None:
         """Refuse a validation that does not give what the run is judged by.
 

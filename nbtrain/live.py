@@ -301,6 +301,21 @@ class Live:
         self.look_for_plateau()
         return metrics
 
+    def refuse_blind(self) -> None:
+        """Refuse a metric that no validation gives, and what waits for validations that never come.
+
+        Nobody knows what a step will log; what a loop of the user's own has logged is in the history.
+
+        Raises:
+            TaskError, ValueError: says what there is.
+        """
+        task, decay = self.task, self.journal.settings["decay"]
+        if task.step is None:
+            seen = self.history.epochs[-1] if self.history.epochs else ()
+            self.judging.refuse_unknown([*task.metrics, *seen])
+            waits = {'decay="plateau"': decay == "plateau", "ReduceLROnPlateau": task.needs_a_metric}
+            self.judging.refuse_waiting(waits, has_valid=task.valid is not None)
+
     def look_for_plateau(self) -> None:
         """Lower the rates where the decay waits for a plateau, and the validations so far are one."""
         how = self.judging

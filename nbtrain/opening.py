@@ -139,9 +139,6 @@ class Opened(Ground):
         self.forward = Forward.of(arguments, self.device)
         self.forward.prepare(self.task)
         self.judging = Judging.of(arguments)
-        if build is not None and self.task.step is None:  # else something else may be logged
-            self.judging.refuse_unknown(self.task.metrics)
-            self._refuse_blind(arguments)
         read = Reading(self.task, arguments | first, seed=self.seed, device=self.device)
         if self.replay is not None:
             self.replay.check(self.task, read.journal)
@@ -149,18 +146,6 @@ class Opened(Ground):
         self.source, self.settings, self.journal = read.source, read.settings, read.journal
         self.order, self.train, self.valid = read.order, read.train, read.valid
         self.valid_batch, self._groups = read.valid_batch, read.group_lrs
-
-    def _refuse_blind(self, arguments: dict[str, Any]) -> None:
-        """Refuse what waits for validations where there are none."""
-        waits = {
-            "patience=": arguments["patience"] is not None,
-            'decay="plateau"': arguments["decay"] == "plateau",
-            "the task's ReduceLROnPlateau": self.task.needs_a_metric,
-        }
-        there = self.task.valid is not None and self.judging.every is not None
-        if not there and (found := [name for name, is_so in waits.items() if is_so]):
-            missing = "validate_every=" if self.task.valid is not None else "Task(valid=)"
-            raise ValueError(f"{found[0]} waits for validations, and there are none. Give {missing}.")
 
     def live(self) -> Live:
         """Return what will be trained, at its start."""

@@ -181,7 +181,9 @@ class Session(Facts):
 
         Raises:
             SessionError: it is training already, or a newer session of this name was made.
+            TaskError, ValueError: `metric`, `patience` or a plateau wait for what no validation gives.
         """
+        self._live.refuse_blind()
         self._loop.start(self._train)
         return self
 
