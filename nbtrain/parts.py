@@ -180,6 +180,10 @@ def put(
     if task.ema is not None:
         _check_model(ema, task.ema.state_dict(), "EMA")
     built = {} if task.scheduler is None else schedulers.options(task.scheduler)
+    if task.scheduler is not None:
+        kept = trees.restore(found["parts"]["scheduler"], tensors)
+        sizes = [len(each.get("base_lrs", ())) for each in (kept, task.scheduler.state_dict())]
+        _check_same("The scheduler was made for another number of groups.", *sizes)
     optimizer = trees.restore(found["optimizer"], tensors)
     _check_same(
         "The optimizer's groups hold other numbers of parameters. Where some were unfrozen or added, "

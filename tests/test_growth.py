@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from runs import Noisy, assert_same_bits, bits, cut_and_die, finish, in_fresh_process, session
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import nbtrain
@@ -223,6 +225,26 @@ def test_what_is_not_named_is_refused_and_nothing_is_changed(
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         session(tmp_path, build=changed)
     assert session(tmp_path, build=old).is_done is False
+
+
+def scheduled(grown: bool) -> nbtrain.Task:
+    task = unfrozen_in_a_group_of_its_own() if grown else frozen()
+    task = replace(task, scheduler=LambdaLR(task.optimizer, lambda n: 0.9**n), scheduler_per="epoch")
+    return task.check()
+
+
+def test_a_scheduler_of_other_groups_is_refused(tmp_path: Path) -> None:
+    def first() -> nbtrain.Task:
+        return scheduled(False)
+
+    def then() -> nbtrain.Task:
+        return scheduled(True)
+
+    plain: dict[str, Any] = {"warmup_epochs": 0, "decay": "constant"}
+    session(tmp_path, build=first, epochs=1, **plain).run()
+    with pytest.raises(CheckpointError, match=r"(?s)made for another number of groups.*1.*2"):
+        session(tmp_path, build=then, epochs=2, **plain)
+    assert session(tmp_path, build=first, epochs=2, **plain).run().is_done
 
 
 def test_names_are_a_list() -> None:
