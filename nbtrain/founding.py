@@ -75,6 +75,11 @@ def evolution(arguments: dict[str, Any]) -> Evolution:
         raise ValueError(f"engine={engine!r} is not known. Use one of: {', '.join(ENGINES)}.")
     if engine == "ray":
         cluster.package()  # where it is missing, nothing has been touched yet
+    elif arguments["resources"]:
+        raise ValueError(
+            f"resources={arguments['resources']!r} is for Ray's workers, and engine={engine!r} trains "
+            'in this process. Leave it out, or give engine="ray".'
+        )
     Interval.read(arguments["interval"])
     direction = direction_of(arguments["metric"], arguments["direction"])
     made = Evolution(

@@ -269,9 +269,7 @@ class Live:
             LossError: a loss or a weight is not finite; what is alive is spoilt.
         """
         self.settle()
-        trained = {n: p.detach() for n, p in self.task.model.named_parameters() if p.requires_grad}
-        if trained and not torch.stack([p.isfinite().all() for p in trained.values()]).all():
-            name = next(n for n, p in trained.items() if not p.isfinite().all())
+        if (name := parts.spoilt(self.task.model)) is not None:
             raise self._spoilt(f"The weights {name!r} are not finite", self._row(self.lr))
 
     def refuse_unwatched(self, metrics: dict[str, float]) -> None:

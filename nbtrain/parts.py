@@ -8,6 +8,7 @@ is written before each step.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -141,6 +142,16 @@ def tied(state: Mapping[str, Any]) -> dict[str, str]:
             if first.setdefault(place, name) != name:
                 found[name] = first[place]
     return found
+
+
+def spoilt(model: nn.Module) -> str | None:
+    """Return the name of a trained weight that is not finite; None where all are."""
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    # In one pass and without a copy: a maximum is infinite, or no number, where a single weight is.
+    most = [torch.linalg.vector_norm(p, math.inf) for p in trained.values()]
+    if not most or torch.stack(most).isfinite().all():
+        return None
+    return next(name for name, p in trained.items() if not p.isfinite().all())
 
 
 def parameter_names(task: Task) -> list[list[str | None]]:

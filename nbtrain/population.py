@@ -144,6 +144,8 @@ class Population:
         """Open a stored population with the arguments that were stored with it."""
         stored = {k: v for k, v in arguments.items() if k in ARGUMENTS}
         stored["space"] = spaces.from_plain(stored["space"])
+        if changes.get("engine") == "local":
+            stored["resources"] = None  # they were for Ray's workers
         return cls(name, build, **(stored | changes))
 
     # ---- training
@@ -315,12 +317,11 @@ class Population:
             dataset: A data set or DataLoader as the task's `valid`.
 
         Raises:
-            SessionError: it is training, or there is no best yet.
+            SessionError: it is training, a newer one of this name was made, or there is no best yet.
         """
-        rounds = self._rounds
-        if rounds.runs_elsewhere:
-            raise SessionError(f"{self.name!r} is training. Test it when that is over.")
-        row, ground = rounds.best(), self._ground
+        rounds, ground = self._rounds, self._ground
+        opening.claim(self.name, ground, rounds)  # it is written down, and states are read
+        row = rounds.best()
         tests = rounds.founded.tests
         if tests:
             warnings.warn(

@@ -19,13 +19,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from nbtrain import checkpoint
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Manifest, Snapshot
 from nbtrain.errors import CheckpointError, NbtrainWarning
-from nbtrain.saving import Saver
+from nbtrain.saving import Saved, Saver
 from nbtrain.stores import MANIFEST, Store
 from nbtrain.table import Key
 
@@ -89,6 +90,12 @@ class Shelf(Saver):
             f"The state of member {key[1]} after round {key[0]} cannot be read: "
             + ("; ".join(problems) or "it was not saved.")
         )
+
+    def known(self) -> list[Saved]:
+        """Return where the newest bytes are, and how many of the population there are in all."""
+        with self._lock:
+            num_bytes = {place: sum(m.num_bytes for m in held) for place, held in self._held.items()}
+        return [replace(saved, num_bytes=num_bytes[saved.place]) for saved in super().known()]
 
     def manifests(self) -> list[Manifest]:
         """Return all checkpoints that are there, near and far."""

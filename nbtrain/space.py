@@ -170,6 +170,11 @@ def read(space: Mapping[str, Any]) -> dict[str, Domain]:
                     f"space[{name!r}]={domain!r} is no domain. Give uniform(), loguniform(), "
                     "randint() or a list of values."
                 )
+            if isinstance(domain, tuple) and len(domain) == 2 and {*map(type, domain)} <= {int, float}:
+                raise ValueError(
+                    f"space[{name!r}]={domain!r} can be bounds or a choice. Write uniform{domain!r} or "
+                    f"loguniform{domain!r} for all between, a list [...] for these values alone."
+                )
             domain = choice(domain)
         found[name] = domain
     return found

@@ -32,6 +32,7 @@ from nbtrain import (
     StoreError,
     TrustError,
     checkpoint,
+    parts,
 )
 from nbtrain.errors import RecipeError, TaskError
 from nbtrain.stores import FolderStore, MemoryStore
@@ -500,6 +501,24 @@ def test_weights_spoilt_by_the_last_step_before_a_stop_are_never_saved(
         loop()
     assert_back_at_a_good_checkpoint(run, tmp_path, 2)
     assert_same_bits(bits(run.run()), expected)
+
+
+def test_a_weight_is_seen_that_alone_is_not_finite() -> None:
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2).bfloat16()])
+    model.empty = nn.Parameter(torch.empty(0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.finfo(p.dtype).max)  # the largest are no fault
+    assert parts.spoilt(model) is None
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for name, p in [item for item in model.named_parameters() if item[1].numel()]:
+            whole = p.detach().clone()
+            p.data.view(-1)[-1] = value
+            assert parts.spoilt(model) == name
+            p.requires_grad_(False)
+            assert parts.spoilt(model) is None  # frozen: no step has made it so
+            p.requires_grad_(True).data.copy_(whole)
+    assert parts.spoilt(nn.Dropout()) is None
 
 
 def test_a_validation_loss_that_is_nan_is_no_score_and_costs_nothing(tmp_path: Path) -> None:

@@ -648,11 +648,28 @@ def test_tensors_in_memory_draw_nothing_and_need_no_key_but_what_is_made_of_them
     mixed = [DataLoader(plain, 4, shuffle=True, collate_fn=noisy) for _ in range(2)]
     assert all(map(torch.equal, *map(read, mixed)))
 
-    keys: list[Any] = []
-    seed = randomness.seed
-    monkeypatch.setattr(randomness, "seed", lambda *words: (keys.append(words), seed(*words)))
+    monkeypatch.setattr(randomness, "seed", lambda *words: pytest.fail(f"a key of {words}"))
     read(plain, batch_size=4, epochs=1)
-    assert [words[2:] for words in keys] == [("collate", 0, start) for start in (0, 4, 8)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tensors_in_memory_are_gathered_at_once_to_what_torch_collates(workers: int) -> None:
+    class Unknown(TensorDataset):
+        """Read sample by sample, because it is not known to draw nothing."""
+
+    def taken(kind: type[TensorDataset]) -> list[Any]:
+        made = torch.Generator().manual_seed(0)
+        images = torch.randn(12, 2, 3, generator=made)
+        whole = kind(images, torch.arange(12), images.bfloat16(), torch.arange(12.0).double())
+        half = Subset(Subset(whole, torch.randperm(12, generator=made)), [11, 0, 3, 4, 6, 7, 8])
+        return read(half, workers=workers, batch_size=3, epochs=2)
+
+    gathered, collated = taken(TensorDataset), taken(Unknown)
+    assert len(gathered) == len(collated) == 6
+    for one, other in zip(gathered, collated, strict=True):
+        assert type(one) is type(other) is list
+        assert [t.dtype for t in one] == [t.dtype for t in other]
+        assert all(map(torch.equal, one, other))
 
 
 def test_moving_keeps_the_shape_of_a_batch() -> None:

@@ -255,6 +255,10 @@ def test_status_is_plain_and_members_say_where_they_stand(
     status = whole.status()
     json.dumps(status)
     assert (status["state"], status["num_slices"], status["round"]) == ("done", 9, EPOCHS)
+    (saved,) = status["saved"]  # all that is kept, not the newest checkpoint alone
+    folder = Path(saved["place"].removeprefix("folder "))
+    kept = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+    assert len(kept) >= 2 * MEMBERS and saved["num_bytes"] > sum(kept)
     assert {one.state for one in whole.members} == {"done"}
     assert len(whole.members[0].scores) == EPOCHS
     new = population(tmp_path)
@@ -447,6 +451,9 @@ def test_an_interrupt_ends_the_window_and_saves_the_part_of_the_slice(
     def press(call: int) -> None:
         if call == 50:
             os.kill(os.getpid(), signal.SIGINT)
+            deadline = time.monotonic() + 30
+            while not found.asked and time.monotonic() < deadline:
+                time.sleep(0.001)  # else so small a population may be done before it is heard
 
     found = population(tmp_path, build=calling(press))
     with pytest.raises(KeyboardInterrupt, match="everything is saved"):
@@ -469,6 +476,7 @@ def test_an_interrupt_ends_the_window_and_saves_the_part_of_the_slice(
         ({"mode": "grid"}, ValueError, "mode='grid'"),
         ({"direction": "up"}, ValueError, "direction='up'"),
         ({"engine": "cloud"}, ValueError, "engine='cloud'"),
+        ({"resources": {"num_cpus": 2}}, ValueError, "is for Ray's workers, and engine='local'"),
         ({"metric": "f1"}, TaskError, "metric='f1' is not among .* valid_loss, accuracy"),
         ({"epochs": 0}, ValueError, "epochs=0"),
         ({"seed": 1.5}, ValueError, "seed=1.5"),
@@ -551,6 +559,8 @@ def test_a_test_set_is_touched_once_and_that_is_kept(tmp_path: Path) -> None:
         assert found.test(Noisy()) == first
     again = population(tmp_path)
     assert len(again.status()["tests"]) == 2 and again.is_done
+    with pytest.raises(nbtrain.SessionError, match="A newer session"):
+        found.test(Noisy())
     with pytest.warns(NbtrainWarning, match="2 times"):
         assert again.test(torch.utils.data.DataLoader(Noisy(), 32)).keys() == first.keys()
 

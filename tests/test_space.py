@@ -97,6 +97,7 @@ def test_a_choice_moves_to_its_neighbour_and_stops_at_the_ends() -> None:
         (lambda: space.read({"lr": "abc"}), "is no domain"),
         (lambda: space.read({3: [1, 2]}), "has 3 where the name"),
         (lambda: space.read({"lr": []}), "leaves nothing to choose"),
+        (lambda: space.read({"lr": (1e-3, 0.1)}), r"loguniform\(0.001, 0.1\) for all between"),
     ],
 )
 def test_a_domain_without_sense_is_refused(make: Any, words: str) -> None:
@@ -107,6 +108,7 @@ def test_a_domain_without_sense_is_refused(make: Any, words: str) -> None:
 def test_a_list_and_an_array_are_choices_of_plain_values() -> None:
     found = space.read({"a": [1, 2], "b": np.array([0.5, 1.5]), "c": [np.float64(0.1), np.float64(1)]})
     assert found == {"a": choice([1, 2]), "b": choice([0.5, 1.5]), "c": choice([0.1, 1.0])}
+    assert space.read({"a": (1, 2, 3), "b": (True, False), "c": ("sgd", "adam")}).keys() == {*"abc"}
     assert {type(v) for domain in found.values() for v in domain.edges()} == {int, float}
 
 

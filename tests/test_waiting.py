@@ -306,6 +306,7 @@ def test_the_thread_has_the_cells_default_device(tmp_path: Path) -> None:
     assert torch.get_default_device() == before
 
 
+@pytest.mark.filterwarnings("ignore:A save failed")  # the first one, if it is still under way
 def test_an_interrupt_does_not_say_that_all_is_saved_when_that_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
