@@ -8,7 +8,6 @@ is written before each step.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -146,12 +145,12 @@ def tied(state: Mapping[str, Any]) -> dict[str, str]:
 
 def spoilt(model: nn.Module) -> str | None:
     """Return the name of a trained weight that is not finite; None where all are."""
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and p.numel()}
-    # In one pass and without a copy: a maximum is infinite, or no number, where a single weight is.
-    most = [torch.linalg.vector_norm(p, math.inf) for p in trained.values()]
-    if not most or torch.stack(most).isfinite().all():
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    # A sum is finite only where all are, and needs no copy; one that is not may be too large merely.
+    sums = [p.sum() for p in trained.values()]
+    if not sums or torch.stack(sums).isfinite().all():
         return None
-    return next(name for name, p in trained.items() if not p.isfinite().all())
+    return next((name for name, p in trained.items() if not p.isfinite().all()), None)
 
 
 def parameter_names(task: Task) -> list[list[str | None]]:
