@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import re
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from nbtrain.evidence import Seen, digest, watch
 from nbtrain.opening import Opened
 from nbtrain.parts import Start
 from nbtrain.task import Task
-from nbtrain.trial import Bench, Fresh, Trial, undisturbed
+from nbtrain.trial import Bench, Fresh, Trial, said, undisturbed
 
 RUNS, WORKERS = 3, (0, 1, 2)
 MAX_NAMED = 3
@@ -114,11 +113,11 @@ def audit(
     """
     bench = Bench(build, steps, batch_size, accumulate, num_workers, seed, device, precision)
     with undisturbed():
-        found = _said("built, read and computed twice", lambda: _before_training(bench))
+        found = said("built, read and computed twice", lambda: _before_training(bench))
     if found is None:
+        cause = "Make both inside build: a session in a fresh kernel has nothing else."
         what = "build returns a model or an optimizer that is made outside of it, so nothing was run."
-        result = Audit(False, "Make both inside build: a session in a fresh kernel has nothing else.")
-        result.verdict = what
+        result = Audit(False, cause, verdict=what)
     else:
         result = _trained(bench, found)
     print(result, flush=True)
@@ -143,13 +142,6 @@ def audit_session(name: str, opened: Opened, settings: dict[str, Any], steps: in
         device=opened.device,
         precision=opened.forward.precision,
     )
-
-
-def _said(what: str, act: Callable[[], Any]) -> Any:
-    began = time.monotonic()
-    done = act()
-    print(f"{what}: {time.monotonic() - began:.1f} s", flush=True)
-    return done
 
 
 # ---- before training
@@ -297,7 +289,7 @@ def _trained(bench: Bench, cause: str) -> Audit:
 
 
 def _trial(bench: Bench, label: str, *args: Any, **kwargs: Any) -> Trial:
-    trial: Trial = _said(label, lambda: bench.run(label, *args, **kwargs))
+    trial: Trial = said(label, lambda: bench.run(label, *args, **kwargs))
     return trial
 
 

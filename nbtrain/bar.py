@@ -29,12 +29,12 @@ def hello(name: str, place: str, at: str | None, notes: list[str]) -> str:
     return "\n  ".join([f"{name}: resumed at {at}, from {place}.", *notes])
 
 
-def goodbye(name: str, at: str, reason: str, way_on: str, *, is_own: bool) -> str:
+def goodbye(name: str, at: str, reason: str, way_on: str, *, is_own: bool, verdict: str = "") -> str:
     """Say where a loop has ended, why, and how it goes on; the user's own does so by its cell."""
     if reason == "done":
         return f"{name}: done at {at}. For more, raise epochs."
     if reason == "early":
-        return f"{name}: done early at {at}: it no longer got better. For more, raise patience."
+        return f"{name}: done early at {at}: {verdict}. For more, raise patience."
     if reason == "pause" and not is_own:
         return f"{name}: paused at {at}.\n  Resume goes on; Stop ends it."
     if reason == "error":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from nbtrain import data, opening, parts
+from nbtrain import data, memory, opening, parts
 from nbtrain.errors import SessionError
 from nbtrain.history import History
 from nbtrain.interrupts import Interrupted, Interrupts
@@ -179,19 +179,34 @@ def _losses(opened: Opened, live: Live, rates: list[float]) -> Generator[float]:
         task.model.train()
     with closing(loader):
         for lr in rates:
-            window = twin.next_window()
-            if window is None:
-                twin.close_epoch({})
-                loader.turn()
-                window = twin.next_window()
-            assert window is not None
             journal.edit(twin.step, twin.progress, "find_lr", lr=lr)
-            twin.begin(window)
-            loader.start(twin.epoch, twin.position, size, None, twin.room)
-            while not window.is_full:
-                twin.micro_step(next(loader), opened.seed)
-            assert window.loss is not None
-            yield float(window.loss)
+            while (loss := _loss(twin, loader, size, opened.seed)) is None:
+                memory.release()
+            yield loss
+
+
+def _loss(twin: Live, loader: data.Loader, size: int, seed: int) -> float | None:
+    """Train the next window; None where memory was short: it comes again, in smaller micro-batches."""
+    window, num_samples = twin.next_window(), None
+    if window is None:
+        twin.close_epoch({})
+        loader.turn()
+        window = twin.next_window()
+    assert window is not None
+    twin.begin(window)
+    loader.start(twin.epoch, twin.position, size, None, twin.room)
+    try:
+        while not window.is_full:
+            given = next(loader)
+            num_samples = given[0]
+            twin.micro_step(given, seed)
+    except RuntimeError as error:
+        if not memory.is_shortage(error):
+            raise
+        twin.give_way(error, num_samples)
+        return None
+    assert window.loss is not None
+    return float(window.loss)
 
 
 @contextmanager

@@ -102,6 +102,29 @@ class Forward:
         return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
 
+def chosen(device: str | torch.device | None) -> torch.device:
+    """Return the device that was asked for; None is the GPU where there is one.
+
+    Raises:
+        ValueError: torch does not know it, or it is not here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'device={device!r} is none that torch knows. Give "cuda", "cuda:1", "cpu", or None.'
+        ) from error
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(
+            f"device={str(found)!r} is not here: torch sees {count or 'no'} GPU{'s' * (count > 1)}. "
+            "Switch the accelerator on in the notebook's settings, or leave device= out."
+        )
+    return found
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether a device computes bf16 itself."""
     if device.type == "cuda":

@@ -34,6 +34,10 @@ class Entry:
     new: Any
     by: str
 
+    def __str__(self) -> str:
+        where = f"step {self.step:,}, epoch {self.progress:.2f}"
+        return f"{where}: {self.what} {self.old} → {self.new}, by {self.by}"
+
 
 def check(settings: dict[str, Any]) -> None:
     """Refuse settings that make no sense.
@@ -92,6 +96,12 @@ class Journal:
         self._edits: list[tuple[int, float, str, dict[str, Any]]] = []
         self.settings = dict(self.first)
         self.schedule = Schedule(**{name: self.first[name] for name in SHAPE}, function=function)
+
+    def __repr__(self) -> str:
+        now = self.settings
+        size = f"batch_size {now['batch_size']}, accumulate {now['accumulate']}"
+        head = f"<journal: {size}, lr {self.peak_lr:.6g}, warmup {now['warmup_epochs']}, {now['decay']}"
+        return "\n  ".join([f"{head}; {len(self.entries)} changes", *map(str, self.entries)]) + ">"
 
     def edit(self, step: int, progress: float, by: str, **changes: Any) -> list[Entry]:
         """Change settings from this step on, and write down what did change.

@@ -93,6 +93,14 @@ class Judging:
             best, since = (sign * score, 0) if score is not None and is_better else (best, since + 1)
         return since >= self.patience
 
+    def verdict(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        """Say what has ended a run early."""
+        values = [row[self.metric] for row in rows if row.get(self.metric) is not None]
+        num_spoilt = sum(not math.isfinite(value) for value in values[-(self.patience or 0) :])
+        odd = f", {num_spoilt} of them not finite" if num_spoilt else ""
+        count = "a validation" if self.patience == 1 else f"{self.patience} validations"
+        return f"{self.metric} has not got better in {count}{odd}"
+
     def refuse_unknown(self, metrics: Iterable[str]) -> None:
         """Refuse a metric that no validation will give, before any training.
 

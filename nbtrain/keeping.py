@@ -120,8 +120,9 @@ class Keeping:
         saved = list(self.saver.saved.values())[-1:]
         where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
         on = "the same cells" if is_own else opened.way_on(self._name)
-        reason = live.end or reason
-        self._lines.say(goodbye(self._name, self._at + where, reason, on, is_own=is_own))
+        reason, at = live.end or reason, self._at + where
+        verdict = live.judging.verdict(live.history.epochs) if reason == "early" else ""
+        self._lines.say(goodbye(self._name, at, reason, on, is_own=is_own, verdict=verdict))
 
     def say_saved(self) -> None:
         """Say what was just saved because somebody asked for it."""

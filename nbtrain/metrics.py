@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from nbtrain.errors import TaskError
-
-METHODS = ("update", "compute", "reset")
+from nbtrain.task import METHODS
 
 
 class Measuring:

@@ -32,7 +32,7 @@ from nbtrain.errors import (
     SessionError,
     explain,
 )
-from nbtrain.forward import Forward, use_tf32
+from nbtrain.forward import Forward, chosen, use_tf32
 from nbtrain.journal import SETTINGS
 from nbtrain.judging import Judging
 from nbtrain.live import Live
@@ -88,7 +88,7 @@ class Ground:
         self.seed = arguments["seed"]
         if arguments["deterministic"]:
             randomness.deterministic()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = chosen(device)
         use_tf32(arguments.get("tf32"), self.device)
 
     @property

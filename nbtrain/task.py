@@ -18,6 +18,7 @@ from nbtrain.errors import TaskError
 from nbtrain.history import COLUMNS
 
 TAKEN = (*COLUMNS, "n", "count")
+METHODS = ("update", "compute", "reset")  # of a metric that keeps count
 
 
 @runtime_checkable
@@ -99,12 +100,13 @@ class Task:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TaskError(f"Task({name}=) is a {_kind(value)}. Give {words}.")
+        for name in ("loss", "step", "collate", "schedule"):
+            value = getattr(self, name)
+            if not callable(value) and (value is not None or name == "loss"):
+                raise TaskError(f"Task({name}=) is a {_kind(value)}. Give a function.")
+        self._check_metrics()
         if self.train is None:
             raise TaskError("Task(train=) is None. Give a data set or a DataLoader.")
-        if self.schedule is not None and not callable(self.schedule):
-            raise TaskError(
-                f"Task(schedule=) is a {_kind(self.schedule)}. Give a function of progress."
-            )
         if self.scheduler is not None or self.scheduler_per is not None:
             if self.parts.get("scheduler") is not self.scheduler:
                 raise TaskError('A part is named "scheduler", as Task(scheduler=) is. Rename the part.')
@@ -116,8 +118,6 @@ class Task:
                     "Give it both, or leave it out of parts."
                 )
         self._check_ema()
-        if taken := {"valid_loss", *TAKEN} & self.metrics.keys():
-            raise TaskError(f"The metric {min(taken)!r} has a name of the history's own. Rename it.")
         if isinstance(self.fresh, str) or not all(isinstance(name, str) for name in self.fresh):
             raise TaskError(f'Task(fresh=) is {self.fresh!r}. Give a list of names: ["head.*"].')
         known = {id(p) for p in self.model.parameters()}
@@ -148,6 +148,18 @@ class Task:
     def named(self, output: Any) -> Mapping[str, Any]:
         """Return what is logged by name, of what `run` gave last."""
         return output if self.step is not None and output is not None else {}
+
+    def _check_metrics(self) -> None:
+        if taken := {"valid_loss", *TAKEN} & self.metrics.keys():
+            raise TaskError(f"The metric {min(taken)!r} has a name of the history's own. Rename it.")
+        for name, metric in self.metrics.items():
+            if isinstance(metric, type):
+                raise TaskError(f"The metric {name!r} is a class. Give one of it: {metric.__name__}().")
+            if not (callable(metric) or all(hasattr(metric, method) for method in METHODS)):
+                raise TaskError(
+                    f"The metric {name!r} is a {_kind(metric)}. Give a function of (output, target), "
+                    f"or an object with {', '.join(METHODS)}."
+                )
 
     def _check_ema(self) -> None:
         ema = self.ema

@@ -8,6 +8,7 @@ settings as they were.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbtrain import data, opening, randomness, task
+from nbtrain import data, memory, opening, randomness, task
 from nbtrain.arguments import check_speed
 from nbtrain.evidence import digest
-from nbtrain.forward import Forward
+from nbtrain.forward import Forward, chosen
 from nbtrain.journal import SETTINGS, check
 from nbtrain.live import Live
 from nbtrain.reading import DEFAULT_BATCH, Reading
@@ -101,7 +102,7 @@ class Bench:
         check_speed({"precision": precision})
         self.build, self.steps, self.seed = build, steps, seed
         self._batch_size, self._num_workers = batch_size, num_workers
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = chosen(device)
         self.forward = Forward.of({"precision": precision}, self.device)
 
     def fresh(self) -> Fresh:
@@ -187,6 +188,22 @@ class Fresh:
 
 def _numbers(indices: Any) -> list[int]:
     return indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
+
+
+def said(what: str, act: Callable[[], Any]) -> Any:
+    """Do something, print how long it took, and give what it gave."""
+    began = time.monotonic()
+    try:
+        done = act()
+    except RuntimeError as error:
+        if memory.is_shortage(error):  # a session would go on in smaller micro-batches
+            error.add_note(
+                "An audit compares runs of one size. Give it a smaller batch_size=, and accumulate= so "
+                "many times larger: nbtrain.audit(build, batch_size=16, accumulate=4)."
+            )
+        raise
+    print(f"{what}: {time.monotonic() - began:.1f} s", flush=True)
+    return done
 
 
 @contextmanager

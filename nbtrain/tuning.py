@@ -27,7 +27,7 @@ from nbtrain.checkpoint import Snapshot
 from nbtrain.cluster import package
 from nbtrain.errors import RecipeError
 from nbtrain.evolution import Turn
-from nbtrain.forward import use_tf32
+from nbtrain.forward import chosen, use_tf32
 from nbtrain.making import Maker
 from nbtrain.member import Interval, Member, Taken
 from nbtrain.recipe import Recipe
@@ -133,7 +133,7 @@ def train(plan: Plan, config: dict[str, Any]) -> None:
     trial = int(re.sub(r"^.*\D", "", tune.get_context().get_trial_id()) or 0)
     if plan.arguments["deterministic"]:
         randomness.deterministic()
-    device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen(plan.device)
     use_tf32(plan.arguments["tf32"], device)
     space: dict[str, Any] = {name: Only(value) for name, value in config.items()}
     maker = Maker(plan.recipe.load(NAME), space, plan.arguments, device)

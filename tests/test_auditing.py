@@ -554,6 +554,21 @@ def test_errors_come_out_as_in_a_session() -> None:
         audited(lambda: task(DataLoader(Samples(length=2), batch_size=5, drop_last=True)), batch_size=5)
 
 
+def test_a_lack_of_memory_says_what_to_try() -> None:
+    def short(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def greedy() -> nbtrain.Task:
+        task = runs.build()
+        task.loss = short
+        return task
+
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        nbtrain.audit(greedy, steps=1, batch_size=3)
+    (note,) = told.value.__notes__
+    assert "smaller batch_size=" in note
+
+
 def test_a_number_of_workers_that_nobody_asked_for_may_fail() -> None:
     def here(index: int) -> float:
         assert get_worker_info() is None, "no workers, please"

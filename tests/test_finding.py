@@ -69,6 +69,13 @@ def count(model: Any, _: object) -> None:
     model.seen.add_(1)
 
 
+def smooth() -> nbtrain.Task:
+    """A task without anything that is drawn or computed over a micro-batch."""
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), valid=Noisy())
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scheduler": {"build": scheduled, "warmup_epochs": 0, "decay": "constant"},
@@ -133,6 +140,24 @@ def test_whatever_ends_it_all_is_as_before(
     assert_same_bits(tensors(run), before)
     assert plain(run) == rest
     assert_same_bits(bits(run.run()), bits(session(tmp_path / "without", **WAYS[way]).run()))
+
+
+def test_where_memory_is_short_it_tries_smaller_micro_batches_and_the_session_is_as_before(
+    tmp_path: Path,
+) -> None:
+    def short(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if len(output) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return nn.functional.cross_entropy(output, target)
+
+    run = session(tmp_path, build=smooth)
+    wanted = run.find_lr(**FEW)
+    before, rest = tensors(run), plain(run)
+    run.task.loss = short
+    found = run.find_lr(**FEW)
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-4)
+    assert_same_bits(tensors(run), before)
+    assert plain(run) == rest
 
 
 def test_a_finished_session_can_be_tried_too(tmp_path: Path) -> None:

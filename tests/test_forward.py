@@ -304,3 +304,24 @@ def test_members_compute_as_a_session_would(tmp_path: Path) -> None:
         herd(tmp_path / "other", keep=3)
     with pytest.raises(ValueError, match=r"no argument precison=. Did you mean precision="):
         herd(tmp_path / "other", precison="fp16")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", r"device='gpu' is none that torch knows\. Give \"cuda\""),
+        (3.5, "device=3.5 is none"),
+        ("cuda:99", r"device='cuda:99' is not here: torch sees \w+ GPU.*or leave device= out"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_build_is_called(
+    tmp_path: Path, device: Any, words: str
+) -> None:
+    def build() -> nbtrain.Task:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=words):
+        session(tmp_path, build=build, device=device)
+    with pytest.raises(ValueError, match=words):
+        nbtrain.audit(build, device=device)
+    assert not any(tmp_path.iterdir())

@@ -50,6 +50,16 @@ def shape(journal: Journal) -> tuple[Any, ...]:
     return journal.settings, rates, journal.entries, journal.peak_lr, journal.writes_rates
 
 
+def test_a_journal_shows_what_is_in_force_and_what_was_changed() -> None:
+    made = journal()
+    assert repr(made) == "<journal: batch_size 32, accumulate 4, lr 0.4, warmup 5, cosine; 0 changes>"
+    made.edit(1200, 1 / 3, "panel", accumulate=8)
+    assert repr(made).splitlines() == [
+        "<journal: batch_size 32, accumulate 8, lr 0.4, warmup 5, cosine; 1 changes",
+        "  step 1,200, epoch 0.33: accumulate 4 → 8, by panel>",
+    ]
+
+
 def test_first_settings_folded_with_the_edits_are_the_live_ones_after_every_edit() -> None:
     live = journal()
     for step, progress, changes in EDITS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,9 @@ def test_a_run_that_ends_early_says_so_and_goes_on_with_more_patience(
     run = session(tmp_path, build=stuck, bar=True, **STOPPING).run()
     assert (run.state, run.reason, run.step, run.is_done) == ("done", "early", 4, True)
     assert repr(run).startswith("<session 'tiny': done (early)")
-    assert "done early at epoch 1.39, step 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "done early at epoch 1.39, step 4" in out
+    assert "valid_loss has not got better in a validation. For more, raise patience." in out
     assert run.status()["reason"] == "early"
     run.run()
     assert (run.state, run.reason, run.step) == ("done", "early", 4)
@@ -170,6 +173,19 @@ def test_a_run_that_ends_early_says_so_and_goes_on_with_more_patience(
     assert again.is_done
     more = nbtrain.resume("tiny", stuck, store=tmp_path, patience=3).run()
     assert (more.reason, more.step) == ("early", 8)
+
+
+def test_an_early_end_names_the_metric_that_is_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def blank() -> nbtrain.Task:
+        task = build()
+        task.metrics = {"f1": lambda output, target: output.mean() * math.nan}
+        return task
+
+    session(tmp_path, build=blank, bar=True, metric="f1", **(STOPPING | {"patience": 2})).run()
+    out = capsys.readouterr().out
+    assert "f1 has not got better in 2 validations, 2 of them not finite" in out
 
 
 def test_an_early_end_comes_at_the_same_step_however_it_was_cut(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,19 @@ def stranger() -> torch.optim.Optimizer:
             {"parts": {"half": SimpleNamespace(state_dict=dict)}},
             "has no state_dict and load_state_dict",
         ),
+        ({"loss": "ce"}, r"Task\(loss=\) is a builtins.str. Give a function"),
+        ({"loss": None}, r"Task\(loss=\) is a None. Give a function"),
+        ({"step": 3}, r"Task\(step=\) is a builtins.int. Give a function"),
+        ({"collate": [1]}, r"Task\(collate=\) is a builtins.list. Give a function"),
+        (
+            {"metrics": {"f1": 3}},
+            r"The metric 'f1' is a builtins.int. Give a function of \(output, tar",
+        ),
+        (
+            {"metrics": {"f1": SimpleNamespace(update=print, reset=print)}},
+            r"'f1' is a types.SimpleNamespace.*with update, compute, reset",
+        ),
+        ({"metrics": {"f1": Path}}, r"The metric 'f1' is a class. Give one of it: Path\(\)"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_it_should_be(fields: dict[str, Any], message: str) -> None:

@@ -147,10 +147,7 @@ def _changes(session: Run) -> list[str]:
     before = len(entries) - NUM_ENTRIES
     return [
         *([f"({before} before these)"] if before > 0 else []),
-        *(
-            f"step {e.step:,}, epoch {e.progress:.2f}: {e.what} {e.old} → {e.new}, by {e.by}"
-            for e in entries[-NUM_ENTRIES:]
-        ),
+        *map(str, entries[-NUM_ENTRIES:]),
     ]
 
 
