@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import nbtrain
+from nbtrain import trees
 
+U8 = torch.uint8
 NUM_SAMPLES = 23  # windows of 9, 9, 5, the last one of micro-batches of 3 and 2
 BATCH, ACCUMULATE, EPOCHS = 3, 3, 2
 MICRO_STEPS = 16
@@ -59,11 +62,16 @@ def session(folder: Path, **changes: Any) -> nbtrain.Session:
 
 
 def bits(session: nbtrain.Session) -> dict[str, torch.Tensor]:
-    """Return all that must be equal: weights, buffers, optimizer, losses, learning rates."""
-    found = {f"model.{k}": v.clone() for k, v in session.task.model.state_dict().items()}
-    for index, state in session.task.optimizer.state_dict()["state"].items():
+    """Return all that must be equal: weights, buffers, optimizer, average, parts, scaler, history."""
+    task = session.task
+    found = {f"model.{k}": v.clone() for k, v in task.model.state_dict().items()}
+    for index, state in task.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{index}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
-    for column in ("step", "epoch", "progress", "loss", "lr", "valid_loss"):
+    for name, part in {"ema": task.ema, "scaler": session._live.scaler, **task.parts}.items():
+        if part is not None:
+            plain = trees.flatten(part.state_dict(), name, found)
+            found[f"{name}, plain"] = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=U8)
+    for column in {key for row in session.history for key in row} - {"seconds", "stage"}:
         values = [float("nan") if v is None else v for v in session.history[column]]
         found[f"history.{column}"] = torch.tensor(values, dtype=torch.float64).nan_to_num(-1.0)
     return found
@@ -84,11 +92,12 @@ def cut_and_die(folder: Path, micro_step: int, **changes: Any) -> None:
     """Train in a loop of one's own so many micro-steps, save before the next update, and die."""
     run = session(folder, **changes)
     for count, batch in enumerate(run):
-        loss, _, _ = run.task.run(batch)
+        with run.autocast():
+            loss, n, output = run.task.run(batch)
         if count == micro_step:
             run.save()
             die()
-        run.update(loss)
+        run.update(loss, n=n, **run.task.named(output))
     run.save()
     die()
 
@@ -114,6 +123,25 @@ def finish(folder: Path, result: Path, **changes: Any) -> None:
     run = session(folder, **changes)
     run.run()
     torch.save(bits(run), result)
+
+
+def finished(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """Train the run to its end in a fresh process, and return its bits."""
+    result = folder.with_suffix(".pt")
+    assert in_fresh_process(finish, folder, result, **changes) == 0
+    return torch.load(result)
+
+
+def assert_exact_wherever_cut(
+    folder: Path, micro_steps: Iterable[int], **changes: Any
+) -> dict[str, torch.Tensor]:
+    """Kill the run at each micro-step, and compare it with one never cut; return the bits of that."""
+    expected = finished(folder / "whole", **changes)
+    for micro_step in micro_steps:
+        cut = folder / f"cut-{micro_step}"
+        assert in_fresh_process(cut_and_die, cut, micro_step, **changes) == -signal.SIGKILL
+        assert_same_bits(finished(cut, **changes), expected)
+    return expected
 
 
 _fresh = multiprocessing.get_context("forkserver")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from runs import Noisy, assert_same_bits, build, die, in_fresh_process, session
+from runs import Noisy, assert_exact_wherever_cut, build, session
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import nbtrain
-from nbtrain import parts, task
+from nbtrain import task
 from nbtrain.errors import CheckpointError, TaskError
-from nbtrain.history import History
 
 
 def torchs() -> nbtrain.Task:
@@ -43,38 +40,10 @@ def rounded() -> nbtrain.Task:
 BUILDS: dict[str, Callable[[], nbtrain.Task]] = {"torch": torchs, "timm": timms, "bf16": rounded}
 
 
-def all_bits(run: nbtrain.Session) -> dict[str, Tensor]:
-    """Return every tensor that a checkpoint has, but for what a clock wrote; and what was validated."""
-    model, tensors, _ = parts.take(run.task, History(), None)
-    rows = [row | {"seconds": 0.0, "stage": 1} for row in run.history]
-    told = [[float(v) for v in row.values() if v is not None] for row in rows]
-    return model | tensors | {f"row {i}": torch.tensor(row).double() for i, row in enumerate(told)}
-
-
-def train(folder: Path, result: Path | None, build: Any, micro_step: int = -1, **changes: Any) -> None:
-    """Train in a loop of one's own to the end, or save before a micro-step's update and die."""
-    run = session(folder, build=build, **changes)
-    for count, batch in enumerate(run):
-        loss, n, _ = run.task.run(batch)
-        if count == micro_step:
-            run.save()
-            die()
-        run.update(loss, n=n)
-    if result is not None:
-        torch.save(all_bits(run), result)
-
-
 @pytest.mark.parametrize("name", BUILDS)
 def test_an_average_cut_anywhere_ends_in_the_same_bits(tmp_path: Path, name: str) -> None:
-    expected = tmp_path / "whole.pt"
-    assert in_fresh_process(train, tmp_path / "whole", expected, BUILDS[name]) == 0
-    assert any(key.startswith("ema/module.") for key in torch.load(expected))
-    for micro_step in (4, 8, 13):
-        folder, result = tmp_path / f"cut-{micro_step}", tmp_path / f"{micro_step}.pt"
-        died = in_fresh_process(train, folder, None, BUILDS[name], micro_step)
-        assert died == -signal.SIGKILL
-        assert in_fresh_process(train, folder, result, BUILDS[name]) == 0
-        assert_same_bits(torch.load(result), torch.load(expected))
+    expected = assert_exact_wherever_cut(tmp_path, (4, 8, 13), build=BUILDS[name])
+    assert any(key.startswith("ema/module.") for key in expected)
 
 
 def test_the_average_is_what_it_would_be_by_hand(tmp_path: Path) -> None:

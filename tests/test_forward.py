@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_bits, bits, build, die, in_fresh_process, session
+from runs import assert_exact_wherever_cut, assert_same_bits, bits, build, session
 from torch import Tensor, nn
 
 import nbtrain
@@ -59,32 +58,13 @@ def bounded() -> nbtrain.Task:
     return task
 
 
-def all_bits(run: nbtrain.Session) -> dict[str, Tensor]:
-    """Return the bits of a run, with its scaler's."""
-    scaler = run._live.scaler
-    told = {} if scaler is None else scaler.state_dict()
-    return bits(run) | {f"scaler.{name}": torch.tensor(value) for name, value in told.items()}
-
-
-def train(folder: Path, result: Path | None, micro_step: int = -1, **changes: Any) -> None:
-    """Train in a loop of one's own to the end, or save before a micro-step's update and die."""
-    run = session(folder, **changes)
-    for count, batch in enumerate(run):
+def by_hand(run: nbtrain.Session) -> dict[str, Tensor]:
+    """Train in a loop of one's own, as the README writes it; return the bits."""
+    for batch in run:
         with run.autocast():
             loss, n, _ = run.task.run(batch)
-        if count == micro_step:
-            run.save()
-            die()
         run.update(loss, n=n)
-    if result is not None:
-        torch.save(all_bits(run), result)
-
-
-def finish(folder: Path, result: Path, **changes: Any) -> None:
-    """Train with `run()` to the end."""
-    run = session(folder, **changes)
-    run.run()
-    torch.save(all_bits(run), result)
+    return bits(run)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -97,14 +77,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_cut_in_a_window_and_in_an_epoch_ends_in_the_same_bits(tmp_path: Path, way: str) -> None:
-    expected = tmp_path / "whole.pt"
-    assert in_fresh_process(finish, tmp_path / "whole", expected, **WAYS[way]) == 0
-    for micro_step in (4, 13):
-        folder, result = tmp_path / f"cut-{micro_step}", tmp_path / f"{micro_step}.pt"
-        died = in_fresh_process(train, folder, None, micro_step, **WAYS[way])
-        assert died == -signal.SIGKILL
-        assert in_fresh_process(finish, folder, result, **WAYS[way]) == 0
-        assert_same_bits(torch.load(result), torch.load(expected))
+    assert_exact_wherever_cut(tmp_path, (4, 13), **WAYS[way])
 
 
 def test_the_scaler_leaves_out_steps_that_overflow_and_these_count_as_windows(tmp_path: Path) -> None:
@@ -178,13 +151,13 @@ def test_a_loop_that_forgets_the_precision_is_told_so(tmp_path: Path) -> None:
 
 
 def test_an_update_inside_of_autocast_gives_the_bits_of_one_after_it(tmp_path: Path) -> None:
-    train(tmp_path / "after", tmp_path / "after.pt", precision="bf16")
+    after = by_hand(session(tmp_path / "after", precision="bf16"))
     run = session(tmp_path / "inside", precision="bf16")
     for batch in run:
         with run.autocast():
             loss, n, _ = run.task.run(batch)
             run.update(loss, n=n)
-    assert_same_bits(all_bits(run), torch.load(tmp_path / "after.pt"))
+    assert_same_bits(bits(run), after)
 
 
 def test_fp32_is_the_plain_run_and_enters_nothing(tmp_path: Path) -> None:
@@ -192,8 +165,7 @@ def test_fp32_is_the_plain_run_and_enters_nothing(tmp_path: Path) -> None:
     assert isinstance(made.autocast(), nullcontext) and made.new_scaler() is None
     image = torch.rand(2, 3, 4, 5)
     assert made.moved((image, 1))[0] is image
-    train(tmp_path / "own", tmp_path / "own.pt")
-    assert_same_bits(torch.load(tmp_path / "own.pt"), bits(session(tmp_path / "run").run()))
+    assert_same_bits(by_hand(session(tmp_path / "own")), bits(session(tmp_path / "run").run()))
 
 
 def test_channels_last_are_weights_and_images_wherever_they_are() -> None:

