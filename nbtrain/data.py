@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -91,10 +92,17 @@ def _gathered(dataset: Any, indices: list[int]) -> list[Tensor]:
     """
     while type(dataset) is Subset:
         dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
-    if type(dataset) is not TensorDataset:
+    if type(dataset) is not TensorDataset or not all(map(_is_whole, indices)):
         return []
     at = torch.tensor([int(index) for index in indices])
-    return [tensor[at] for tensor in dataset.tensors]
+    return [tensor[at].contiguous() for tensor in dataset.tensors]
+
+
+def _is_whole(index: Any) -> bool:
+    """Whether an index is one number, and no list, mask or row of several."""
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and not (index.is_floating_point() or index.dtype == torch.bool)
+    return isinstance(index, Integral) and not isinstance(index, bool)
 
 
 def _one(dataset: Any, index: int) -> Any:

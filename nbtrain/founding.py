@@ -16,12 +16,14 @@ from torch.utils.data import Subset
 
 from nbtrain import checkpoint, cluster, data, making, opening
 from nbtrain import space as spaces
+from nbtrain.arguments import SPEED
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
 from nbtrain.evolution import Evolution
+from nbtrain.journal import SETTINGS
 from nbtrain.judging import direction_of
 from nbtrain.making import Maker
-from nbtrain.member import Interval, score_of
+from nbtrain.member import NOT_ITS_FAULT, Interval, Member, score_of
 from nbtrain.opening import Ground
 from nbtrain.shelf import Shelf, newest_whole, parts
 from nbtrain.table import Key, Row, Table
@@ -32,6 +34,7 @@ FROZEN = (
     *("members", "interval", "mode", "quantile", "space", "metric", "direction"),
     *("factors", "resample", "seed"),
 )
+SAID = (*(n for n in SETTINGS if n != "lr"), *("clip_norm", "deterministic"), *SPEED)
 ENGINES = ("local", "ray")
 WAY_OUT = "Give what it was, or give the new one another name; the checkpoints are untouched."
 
@@ -108,18 +111,28 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
     Raises:
         CheckpointError: what is stored is another population, or no set of checkpoints is whole.
         SessionError: what is stored is a session.
-        TaskError: a new one's validation does not give the metric.
+        TaskError: a new one's validation does not give the metric, or members share what is trained.
+        CheckpointError, OSError: what build gives does not fit what is stored, or cannot be made here.
     """
     manifests = checkpoint.find(ground.stores, name)
     epochs = ground.arguments["epochs"]
     if not manifests:
         evolution, notes = _tried(ground, maker, evolution)
+        interval = Interval.read(ground.arguments["interval"])
+        if epochs is not None and interval.unit == "epochs" and interval.amount >= epochs:
+            notes.append(f"an interval of {interval.amount:g} epochs is the whole run, in one round")
         shelf = Shelf(name, ground.stores, ground.budget, [], None)
         return Founded(Table(evolution, epochs), shelf, notes=notes)
     for manifest in manifests:
         if "needs" not in manifest.facts:
             raise SessionError(f"{name!r} is a session. Give the population another name.")
-    newest, snapshot, states = newest_whole(manifests)
+    try:
+        newest, snapshot, states = newest_whole(manifests)
+    except CheckpointError:
+        # Where nothing is left to train, one damaged state shall not hide the others.
+        newest, snapshot, states = newest_whole(manifests, partly=True)
+        if Table(evolution, epochs, map(Row.from_plain, snapshot.state["rows"])).left:
+            raise
     state = snapshot.state
     for argument in FROZEN:
         there, here = state["arguments"][argument], ground.arguments[argument]
@@ -128,11 +141,11 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
             raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=WAY_OUT))
     maker.split = state["split"]
     evolution = replace(evolution, fixed=frozenset(state["fixed"]))
-    notes = []
+    notes = _changes(state["arguments"], ground.arguments)
     if ground.recipe is not None and snapshot.recipe != ground.recipe.source:
         notes.append("the code of build is not what it was; the new one is used")
     table = Table(evolution, epochs, map(Row.from_plain, state["rows"]))
-    return Founded(
+    told = Founded(
         table,
         Shelf(name, ground.stores, ground.budget, manifests, newest),
         states,
@@ -142,6 +155,36 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
         state["tests"],
         notes,
     )
+    _try_next(told, maker, Interval.read(ground.arguments["interval"]))
+    return told
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say which settings are other ones from here on."""
+    return [
+        f"{name}: {there[name]!r} -> {here[name]!r}, as the cell says now"
+        for name in SAID
+        if name in there and _plain(there[name]) != _plain(here[name])
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _try_next(told: Founded, maker: Maker, interval: Interval) -> None:
+    """Begin the next slice, and forget it: what build gives now must fit what is stored."""
+    for turn in told.table.left[:1]:
+        source = None if turn.source is None else told.states[turn.round - 1, turn.source]
+        member = Member(turn.member, maker, interval)
+        try:
+            member.begin(turn, told.parts.get(turn.key, source), told.stage)
+        except NOT_ITS_FAULT:
+            raise
+        except Exception:  # the member's own, which is named and replaced when its slice comes
+            return
+        finally:
+            member.drop()
 
 
 def identity(ground: Ground, maker: Maker, told: Founded) -> dict[str, Any]:
@@ -162,7 +205,12 @@ def identity(ground: Ground, maker: Maker, told: Founded) -> dict[str, Any]:
 
 def _tried(ground: Ground, maker: Maker, evolution: Evolution) -> tuple[Evolution, list[str]]:
     values = evolution.first()[0].hyperparameters
-    read = maker.make(0, values)
+    try:
+        read = maker.make(0, values)
+    except Exception as error:
+        error.add_note(f"build was tried with {values}.")
+        raise
+    making.refuse_shared(read.task, maker.built(values))
     source = data.source(read.task.valid, "valid", shuffle=False, collate=read.task.collate)
     few = range(min(read.valid_batch, len(source.dataset)))
     source.dataset, source.sampler = Subset(source.dataset, few), None

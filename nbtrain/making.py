@@ -151,6 +151,24 @@ def set_option(group: dict[str, Any], name: str, value: Any) -> None:
         group[name] = value
 
 
+def refuse_shared(one: Task, other: Task) -> None:
+    """Refuse two builds that have something in common that is trained: members would train each other.
+
+    Raises:
+        TaskError: names it.
+    """
+    theirs = {id(p) for p in other.model.parameters() if p.requires_grad}
+    shared = [f"the parameter {n!r}" for n, p in one.model.named_parameters() if id(p) in theirs]
+    if one.optimizer is other.optimizer:
+        shared.append("the optimizer")
+    shared += [f"the part {n!r}" for n, p in one.parts.items() if other.parts.get(n) is p]
+    if shared:
+        raise TaskError(
+            f"build gives two members the same {shared[0].removeprefix('the ')}, made outside of it or "
+            "cached. Make it inside of build; only data may be shared, and what nothing trains."
+        )
+
+
 def shape(built: Task) -> list[Any]:
     """Return what must agree for one task's weights to fit into another."""
     groups = [len(group["params"]) for group in built.optimizer.param_groups]

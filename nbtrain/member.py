@@ -15,7 +15,7 @@ from typing import Any
 
 from nbtrain import accumulation, making, memory, parking, trees
 from nbtrain.checkpoint import Snapshot
-from nbtrain.errors import DataError, TaskError
+from nbtrain.errors import CheckpointError, DataError, TaskError
 from nbtrain.evolution import Turn
 from nbtrain.journal import SETTINGS
 from nbtrain.live import Live
@@ -25,6 +25,8 @@ from nbtrain.table import Key, Row
 from nbtrain.validation import validate
 
 UNITS = ("epochs", "steps")
+# What is no member's fault: the data, a state, or what build gives, such as without a network.
+NOT_ITS_FAULT = (DataError, CheckpointError, TaskError, OSError)
 
 Taken = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 Proceed = Callable[[str], bool]
@@ -119,7 +121,7 @@ class Member:
         """Do the slice that is begun; return its row and its state, or None where `proceed` said no.
 
         Raises:
-            DataError: the data set raised.
+            NOT_ITS_FAULT: the data set raised, or the task cannot be trained.
             Exception: what the user's code raised, or a LossError: the member has failed.
         """
         if not self.train(proceed, observe, clock):

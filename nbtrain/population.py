@@ -227,10 +227,10 @@ class Population:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dict for each slice that is over; `pandas.DataFrame(population.history)` is the table."""
+        """One dict for each slice that is over; `pandas.DataFrame(population.history)` is a table."""
         return [
             {
-                "round": row.round,
+                "round": row.round + 1,  # as in all that is said: the first is 1
                 "member": row.member,
                 "source": row.source,
                 "progress": row.progress,
@@ -274,9 +274,9 @@ class Population:
         would be the luckiest one too.
 
         Raises:
-            SessionError: no member has ended its first slice.
+            SessionError: no member has ended its first slice; or it is training.
         """
-        return self._rounds.storing.model(self._rounds.best()).eval()
+        return self._rounds.model(self._rounds.best()).eval()
 
     def replay(self, name: str, **changes: Any) -> Session:
         """Return a session that trains one model from its start with the schedule of the best state.
@@ -340,7 +340,7 @@ class Population:
         seed, forward = ground.seed, self._maker.forward
         found = validate(task, loader, size, seed=seed, forward=forward, proceed=lambda: True)
         metrics = {name.replace("valid_", "test_"): value for name, value in (found or {}).items()}
-        tests.append({"round": row.round, "member": row.member, **metrics})
+        tests.append({"round": row.round + 1, "member": row.member, **metrics})
         rounds.storing.note()
         return metrics
 
@@ -390,8 +390,8 @@ class Population:
     def __repr__(self) -> str:
         why = f" ({self.reason})" if self.reason not in ("", self.state) else ""
         best = self._rounds.now_best
-        score = number(best.score) if best is not None and best.score is not None else "-"
+        score = "no best yet" if best is None or best.score is None else f"best {number(best.score)}"
         return (
             f"<population {self.name!r}: {self.state}{why}, {len(self._rounds.members)} members, "
-            f"round {self._rounds.now_round + (not self.is_done)}, best {score}>"
+            f"round {self._rounds.now_round + (not self.is_done)}, {score}>"
         )

@@ -15,16 +15,18 @@ from __future__ import annotations
 import math
 import threading
 
+import torch
+
 from nbtrain import memory
 from nbtrain.bar import Bar, goodbye, hello, number
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.driving import Driven
-from nbtrain.errors import DataError, LossError, SessionError
+from nbtrain.errors import LossError, SessionError
 from nbtrain.evolution import Turn
 from nbtrain.founding import Founded
 from nbtrain.making import Maker
-from nbtrain.member import Interval, Member, Taken, why
+from nbtrain.member import NOT_ITS_FAULT, Interval, Member, Taken, why
 from nbtrain.opening import Ground
 from nbtrain.parking import Room
 from nbtrain.storing import NOTHING, Storing
@@ -184,7 +186,7 @@ class Rounds(Driven):
             done = member.slice(self._ground.arguments["metric"], self._proceed, observe, clock)
             if done is None:
                 return False
-        except DataError:
+        except NOT_ITS_FAULT:
             raise
         except Exception as error:
             if memory.is_shortage(error) and self._make_room(member):
@@ -314,6 +316,20 @@ class Rounds(Driven):
         score = "" if best is None or best.score is None else f", best {number(best.score)}"
         done = len({row.round for row in self.table.rows})
         return f"round {done}, {len(self.table.rows)} slices{score}, stage {self.founded.stage}"
+
+    def model(self, row: Row) -> torch.nn.Module:
+        """Return a model of its own, with the weights that a slice ended with.
+
+        Raises:
+            SessionError: it trains, and what `build` draws for another model would shift its numbers.
+            CheckpointError: they are no longer there, or cannot be read.
+        """
+        if self.runs_elsewhere:
+            raise SessionError(
+                f"{self.name!r} is training, and to build another model would shift its random "
+                "numbers. Pause it first: population.pause()."
+            )
+        return self.storing.model(row)
 
     def best(self) -> Row:
         """Return the row of the best state.

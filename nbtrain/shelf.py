@@ -203,10 +203,16 @@ class Shelf(Saver):
         return names
 
 
-def newest_whole(found: Iterable[Manifest]) -> tuple[Manifest, Snapshot, dict[Key, Snapshot]]:
+def newest_whole(
+    found: Iterable[Manifest], *, partly: bool = False
+) -> tuple[Manifest, Snapshot, dict[Key, Snapshot]]:
     """Return the newest checkpoint that can be gone on from, with the states that it needs.
 
     Each that is damaged is named in a warning, once.
+
+    Args:
+        found: Checkpoints, newest first.
+        partly: Take the newest whose rows can be read, with those of its states that can be.
 
     Raises:
         CheckpointError: there is none. Nothing is removed.
@@ -225,7 +231,7 @@ def newest_whole(found: Iterable[Manifest]) -> tuple[Manifest, Snapshot, dict[Ke
         return read.get(place)
 
     for manifest in manifests:
-        snapshot = load(manifest)
+        snapshot = load(manifest) or (_without_tensors(manifest) if partly else None)
         if snapshot is None:
             continue
         states: dict[Key, Snapshot] = {}
@@ -234,17 +240,26 @@ def newest_whole(found: Iterable[Manifest]) -> tuple[Manifest, Snapshot, dict[Ke
             state = next((s for s in same if s is not None), None)
             if state is not None:
                 states[key] = state
-        if states.keys() == _needs(manifest.facts):
+        if partly or states.keys() == _needs(manifest.facts):
             for (id, place), why in damaged.items():
                 warnings.warn(
                     f"Checkpoint {id} of {manifest.session!r} in {place} is damaged and set aside: "
-                    f"{why} What is missing is trained again, from {manifest.id} on.",
+                    f"{why} If anything is left to train, it goes on from {manifest.id}.",
                     NbtrainWarning,
                     stacklevel=2,
                 )
             return manifest, snapshot, states
     problems = "\n  ".join(damaged.values()) or "the states that each needs are not all there."
     raise CheckpointError(f"No checkpoint is whole:\n  {problems}\nNothing was removed.")
+
+
+def _without_tensors(manifest: Manifest) -> Snapshot | None:
+    try:
+        state = checkpoint.state(manifest)
+        recipe = checkpoint.read(manifest, checkpoint.RECIPE).decode()
+    except (CheckpointError, ValueError):  # it is named already
+        return None
+    return Snapshot(manifest.number, {}, {}, state, recipe, dict(manifest.facts))
 
 
 def parts(found: Iterable[Manifest], newest: Manifest, slices: Collection[Key]) -> dict[Key, Snapshot]:

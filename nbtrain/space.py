@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+TAKEN = ("round", "member", "source", "progress", "step", "score", "error", "valid_loss")
 KINDS = ("uniform", "loguniform", "randint")
 
 
@@ -38,6 +39,8 @@ class Range:
         for bound in (self.low, self.high):
             if type(bound) is bool or not isinstance(bound, wanted) or not math.isfinite(bound):
                 raise ValueError(f"{shown}: the bounds must be {words}, and {bound!r} is none.")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"{shown} is too wide to draw from: nothing is known of so large numbers.")
         if self.low >= self.high:
             what = "is empty" if self.low == self.high else "is inverted"
             raise ValueError(f"{shown} {what}: give the smaller bound first, then a larger one.")
@@ -98,7 +101,7 @@ class Choice:
                 "or make the one the default of build's argument."
             )
         for number, value in enumerate(self.values):
-            if type(value) not in (bool, int, float, str) or value != value:
+            if type(value) not in (bool, int, float, str) or _is_odd(value):
                 raise ValueError(
                     f"choice(...) has {value!r}, which a checkpoint cannot hold. "
                     "Give numbers, words, True or False, and let build make the rest of them."
@@ -164,6 +167,10 @@ def read(space: Mapping[str, Any]) -> dict[str, Domain]:
     for name, domain in space.items():
         if not isinstance(name, str):
             raise ValueError(f"space has {name!r} where the name of a hyperparameter should be.")
+        if name in TAKEN:
+            raise ValueError(
+                f"space has {name!r}, a column of the history. Rename the argument of build."
+            )
         if not isinstance(domain, (Range, Choice)):
             if not hasattr(domain, "tolist") and not isinstance(domain, (list, tuple)):
                 raise ValueError(
@@ -191,6 +198,10 @@ def from_plain(space: Mapping[str, list[Any]]) -> dict[str, Domain]:
         name: Range(kind, *rest) if kind in KINDS else Choice(tuple(rest))
         for name, (kind, *rest) in space.items()
     }
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _place(values: tuple[Any, ...], value: Any) -> int:

@@ -55,7 +55,7 @@ class Standing:
         """Each time it went on from another member's state: round, donor, and what was changed."""
         return [
             {
-                "round": row.round,
+                "round": row.round + 1,
                 "donor": row.source,
                 "member": row.member,
                 "changes": [vars(change) for change in row.changes],
@@ -75,11 +75,11 @@ class Standing:
 
         Raises:
             CheckpointError: that state is no longer there.
-            SessionError: it has not trained yet.
+            SessionError: it has not trained yet; or it sleeps while others train.
         """
         if self._member.live is not None:
             return self._member.live.task.model
-        return self._rounds.storing.model(self._last())
+        return self._rounds.model(self._last())
 
     @property
     def journal(self) -> Journal:

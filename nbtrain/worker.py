@@ -21,10 +21,10 @@ import torch
 from nbtrain import randomness
 from nbtrain import space as spaces
 from nbtrain.checkpoint import Snapshot
-from nbtrain.errors import DataError, LossError, NbtrainError, TaskError
+from nbtrain.errors import LossError, NbtrainError, TaskError
 from nbtrain.evolution import Turn
 from nbtrain.making import Maker
-from nbtrain.member import Interval, Member, why
+from nbtrain.member import NOT_ITS_FAULT, Interval, Member, why
 from nbtrain.recipe import Recipe
 from nbtrain.table import Row
 from nbtrain.thread import Settings
@@ -143,7 +143,7 @@ class Worker:
                     return Outcome(costs=costs), _part(member, place)
             row, taken = done
             return Outcome(row, costs=costs), Snapshot(0, *taken, "", {})
-        except DataError as error:
+        except NOT_ITS_FAULT as error:
             return Outcome(error=sendable(error), costs=costs), None
         except Exception as error:
             row = Row.of(turn, error=why(error))

@@ -659,7 +659,7 @@ def test_tensors_in_memory_are_gathered_at_once_to_what_torch_collates(workers: 
 
     def taken(kind: type[TensorDataset]) -> list[Any]:
         made = torch.Generator().manual_seed(0)
-        images = torch.randn(12, 2, 3, generator=made)
+        images = torch.randn(12, 2, 3, 5, generator=made).permute(0, 3, 1, 2)  # as numpy has images
         whole = kind(images, torch.arange(12), images.bfloat16(), torch.arange(12.0).double())
         half = Subset(Subset(whole, torch.randperm(12, generator=made)), [11, 0, 3, 4, 6, 7, 8])
         return read(half, workers=workers, batch_size=3, epochs=2)
@@ -670,6 +670,17 @@ def test_tensors_in_memory_are_gathered_at_once_to_what_torch_collates(workers: 
         assert type(one) is type(other) is list
         assert [t.dtype for t in one] == [t.dtype for t in other]
         assert all(map(torch.equal, one, other))
+        assert [t.stride() for t in one] == [t.stride() for t in other]
+
+
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([[3], [1]]), [[0, 1], [2, 3]], [slice(2), slice(3, 5)]]
+)
+def test_an_index_that_is_no_number_reads_what_torch_reads(indices: Any) -> None:
+    images = torch.arange(20.0).reshape(10, 2)
+    (found,) = read(Subset(TensorDataset(images), indices), batch_size=2, epochs=1, shuffle=False)
+    (wanted,) = DataLoader(Subset(TensorDataset(images), indices), 2)
+    assert torch.equal(found[0], wanted[0])
 
 
 def test_moving_keeps_the_shape_of_a_batch() -> None:

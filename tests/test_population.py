@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -214,7 +215,7 @@ def test_nobody_is_replaced_in_a_random_search_and_the_first_draw_is_the_same(
 
 def test_halving_ends_the_worst_and_their_states_are_still_there(tmp_path: Path) -> None:
     found = population(tmp_path, mode="halving", members=4, quantile=0.5).run()
-    sizes = [sum(row["round"] == round for row in found.history) for round in range(EPOCHS)]
+    sizes = [sum(row["round"] == round for row in found.history) for round in range(1, EPOCHS + 1)]
     assert sizes == [4, 2, 1] and found.is_done
     again = population(tmp_path, mode="halving", members=4, quantile=0.5)
     states = [one.state for one in again.members]
@@ -230,8 +231,8 @@ def test_every_exploit_is_in_the_lineage_and_its_changes_are_in_force(
     seen = 0
     for one in whole.members:
         for event in one.lineage:
-            row = next(r for r in one.rows if r.round == event["round"])
-            donor = whole.members[event["donor"]].rows[event["round"] - 1]
+            row = next(r for r in one.rows if r.round + 1 == event["round"])
+            donor = whole.members[event["donor"]].rows[event["round"] - 2]
             expected = donor.hyperparameters | {c["what"]: c["new"] for c in event["changes"]}
             assert row.hyperparameters == expected
             seen += 1
@@ -267,7 +268,7 @@ def test_status_is_plain_and_members_say_where_they_stand(
         new.best()
     with pytest.raises(SessionError, match="Member 1 has no state yet"):
         _ = new.members[1].model
-    assert "3 members, round 1, best -" in repr(new)
+    assert "3 members, round 1, no best yet" in repr(new)
 
 
 def widths(lr: float = 0.1, hidden: int = 8, depth: int = 1) -> nbtrain.Task:
@@ -329,6 +330,28 @@ def test_a_member_that_fails_is_named_and_replaced(tmp_path: Path, raises: Any) 
     assert words in rows[0]["error"]
     again = population(tmp_path / "herd", build=sick)
     assert again.history == rows
+
+
+def test_one_damaged_state_of_a_finished_population_does_not_hide_the_others(tmp_path: Path) -> None:
+    done = population(tmp_path, members=2, quantile=0.5).run()
+    best = done.best_row
+    assert best is not None
+    (other,) = {0, 1} - {best.member}
+    wanted = done.best().state_dict()
+    found = checkpoint.find([FolderStore(tmp_path)], "herd")
+    last = next(m for m in found if m.facts["member"] == other)
+    file = tmp_path / last.path(checkpoint.MODEL)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.warns(NbtrainWarning, match="is damaged and set aside"):
+        again = population(tmp_path, members=2, quantile=0.5)
+    if again.is_done:  # else its last slice is trained again
+        assert all(torch.equal(v, wanted[k]) for k, v in again.best().state_dict().items())
+        with pytest.raises(CheckpointError, match=f"member {other} after round"):
+            _ = again.members[other].model
+    else:
+        assert_same_bits(bits(again.run()), bits(done))
+    with pytest.warns(NbtrainWarning), pytest.raises(CheckpointError, match="No checkpoint is whole"):
+        population(tmp_path, members=2, quantile=0.5, epochs=EPOCHS + 1)
 
 
 @QUIET
@@ -489,6 +512,98 @@ def test_an_argument_without_sense_is_refused_before_any_training(
     with pytest.raises(kind, match=words):
         population(tmp_path, **changes)
     assert not any(tmp_path.iterdir())
+
+
+CACHED = torch.nn.Linear(6, 8)
+
+
+def sharing(lr: float = 0.1) -> nbtrain.Task:
+    model = nn.Sequential(CACHED, nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), valid=Noisy())
+
+
+@QUIET
+def test_members_that_would_train_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"two members the same parameter '0\.weight', made outside"):
+        population(tmp_path, build=sharing, space={"lr": [0.1, 0.2]})
+    CACHED.requires_grad_(False)
+    try:  # a frozen backbone is nobody's
+        population(tmp_path, build=sharing, space={"lr": [0.1, 0.2]})
+    finally:
+        CACHED.requires_grad_(True)
+
+
+def unreachable(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+    raise OSError("<urlopen error: Temporary failure in name resolution>")
+
+
+def sightless(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+    return blind(lr)
+
+
+def wider(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+    task = build(lr, weight_decay)
+    task.model[0], task.model[1], task.model[4] = nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)
+    task.optimizer = torch.optim.AdamW(task.model.parameters(), lr=lr, weight_decay=weight_decay)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "words"),
+    [
+        (unreachable, OSError, "name resolution"),
+        (wider, CheckpointError, "does not fit at '0.weight'"),
+        (sightless, TaskError, "Give valid="),
+    ],
+)
+@QUIET
+def test_a_build_that_is_at_fault_is_no_failure_of_a_member(
+    whole: nbtrain.Population, tmp_path: Path, given: Any, kind: type[Exception], words: str
+) -> None:
+    first = population(tmp_path)
+    first._rounds.table.add, add = (lambda row: (add(row), first.stop())), first._rounds.table.add
+    first.run()
+    assert 0 < len(first.history) < len(whole.history)
+    with pytest.raises(kind, match=words):
+        population(tmp_path, build=given)
+    again = population(tmp_path)
+    for member in again._rounds.members:  # only when a slice begins
+        member._maker.build = given
+    with pytest.raises(kind, match=words):
+        again.run()
+    assert_same_bits(bits(population(tmp_path).run()), bits(whole))
+
+
+def test_another_model_is_not_built_while_it_trains(whole: nbtrain.Population, tmp_path: Path) -> None:
+    found = population(tmp_path)
+    goes_on, end = threading.Event(), found._rounds.storing.end
+    found._rounds.storing.end = lambda *given: (end(*given), goes_on.wait(30))
+    found.start()
+    until = time.monotonic() + 30
+    while not found.best_row and time.monotonic() < until:
+        time.sleep(0.001)
+    with pytest.raises(SessionError, match="Pause it first"):
+        found.best()
+    goes_on.set()
+    assert found.wait().best() is not None
+    assert_same_bits(bits(found), bits(whole))
+
+
+def test_settings_that_change_are_told_on_opening(tmp_path: Path) -> None:
+    population(tmp_path, epochs=1).run()
+    changed = population(tmp_path, epochs=2, batch_size=6, clip_norm=0.5, precision="bf16")
+    told = changed.lines[0]
+    for words in ("epochs: 1 -> 2", "batch_size: 3 -> 6", "clip_norm: None -> 0.5", "'fp32' -> 'bf16'"):
+        assert words in told
+    assert "->" not in population(tmp_path, epochs=2, batch_size=6, clip_norm=0.5).lines[0].replace(
+        "epochs: 1 -> 2", ""
+    ).replace("batch_size: 3 -> 6", "").replace("clip_norm: None -> 0.5", "")
+
+
+def test_an_interval_over_the_whole_run_is_told(tmp_path: Path) -> None:
+    found = population(tmp_path, interval="5 epochs", epochs=2)
+    assert any("interval of 5 epochs is the whole run, in one round" in line for line in found.lines)
 
 
 def blind(lr: float = 0.1) -> nbtrain.Task:

@@ -136,8 +136,7 @@ def slices(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "There is no slice yet."
     names = [*dict.fromkeys(name for row in rows for name in row if name != "error")]
-    last = [row | {"round": row["round"] + 1} for row in rows[-2 * NUM_ROWS :]]
-    return table(names, [[row.get(name) for name in names] for row in last])
+    return table(names, [[row.get(name) for name in names] for row in rows[-2 * NUM_ROWS :]])
 
 
 def sessions(found: list[Found]) -> str:
