@@ -38,7 +38,8 @@ def resume(
             of `Population`.
 
     Raises:
-        SessionError: there is no such session, none so far on, or several to choose from.
+        SessionError: there is no such session, none so far on, or several to choose from; or it is a
+            trial of Ray Tune.
         TrustError: it would run stored code; the message shows what was found, and the code.
         RecipeError: what is stored cannot rebuild it; says why.
     """
@@ -47,6 +48,11 @@ def resume(
     found = _found(name, places)
     manifest, state, source = _readable(found)
     _check_far_enough(name, manifest, at_least)
+    if "entry" not in state:
+        raise SessionError(
+            f"{name!r} is a trial of Ray Tune, which alone goes on with it: Tuner.restore(path, ...). "
+            f"Its weights are plain: safetensors.torch.load_file of {manifest.path(checkpoint.MODEL)}."
+        )
     if build is None:
         stored = Recipe(source, state["entry"] or "", tuple(state["problems"]))
         _check_recipe(name, stored)

@@ -151,7 +151,10 @@ class Rounds(Driven):
         best = self.now_best
         assert best is not None
         score = f"{self._ground.arguments['metric']} {number(best.score or 0.0)}"
-        moves = [f"{t.member} <- {t.source}" for t in self.table.left if t.is_exploit]
+        left = self.table.left
+        moves = [f"{t.member} <- {t.source}" for t in left if t.is_exploit]
+        ended = {t.member for t in turns} - {t.member for t in left} if left else set()
+        moves += [f"{member} ends" for member in sorted(ended)]
         says = f"round {round}: best {score} (member {best.member})"
         self.lines.say("; ".join([says, *([", ".join(moves)] if moves else [])]))
         self._errors = {}

@@ -225,6 +225,14 @@ def test_halving_ends_the_worst_and_their_states_are_still_there(tmp_path: Path)
             assert torch.equal(other.model.state_dict()[name], value)
 
 
+def test_who_ends_in_a_halving_is_said(tmp_path: Path) -> None:
+    found = population(tmp_path, mode="halving").run()
+    ended = [member.id for member in found.members if member.state == "ended"]
+    told = " ".join(line for line in found.lines if line.startswith("round"))
+    assert ended and told.count(" ends") == len(ended)
+    assert all(f"{member} ends" in told for member in ended)
+
+
 def test_every_exploit_is_in_the_lineage_and_its_changes_are_in_force(
     whole: nbtrain.Population,
 ) -> None:

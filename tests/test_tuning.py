@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from herds import assert_same_bits, build
+from safetensors.torch import load_file
 from torch import nn
 from trials import Tune, bits_of, trial
 
 import nbtrain
 from nbtrain import checkpoint, tuning
-from nbtrain.errors import CheckpointError, LossError, RecipeError, TaskError
+from nbtrain.errors import CheckpointError, LossError, RecipeError, SessionError, TaskError
 from nbtrain.journal import Journal
 from nbtrain.stores import FolderStore
 
@@ -43,6 +44,14 @@ def test_restored_it_ends_in_the_bits_of_a_trial_that_was_not_cut(
     rest = trial(tmp_path / "rest", 3, CONFIG, found=first.folders[-1])
     assert [*first.reports, *rest.reports] == whole.reports
     assert_same_bits(bits_of(rest.folders[-1]), bits_of(whole.folders[-1]))
+
+
+def test_a_trial_is_no_session_but_its_weights_are_plain(whole: Tune) -> None:
+    folder = whole.folders[-1]
+    with pytest.raises(SessionError, match="is a trial of Ray Tune") as told:
+        nbtrain.resume("trial", store=folder, trust_code=True)
+    path = str(told.value).split(" of ")[-1].rstrip(".")
+    assert load_file(folder / path).keys() == build().model.state_dict().keys()
 
 
 def test_at_its_end_it_does_nothing_more(whole: Tune, tmp_path: Path) -> None:
