@@ -92,7 +92,9 @@ class Spread(Rounds):
         return {turn.member for turn in self._cluster.busy}
 
     def _doing(self) -> str:
-        return f"{len(self._cluster.busy)} at once, "
+        if self._cluster.busy:
+            return f"{len(self._cluster.busy)} at once, "
+        return "waiting for a worker, " if self.now_left and self.state == "running" else ""
 
     # ---- a round
 
