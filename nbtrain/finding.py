@@ -211,12 +211,13 @@ def _loss(twin: Live, loader: data.Loader, size: int, seed: int) -> float | None
 
 @contextmanager
 def _put_back(live: Live) -> Iterator[None]:
-    """Be afterwards what was before, also if that is cut: then the next loop loads the checkpoint."""
+    """Be afterwards what was before; where that is cut or fails, the next loop loads the checkpoint."""
     task = live.task
     model, tensors, state = live.take()
     start = parts.Start(task)  # of what no state_dict has, too
     start.mark()
     modes = {module: module.training for module in task.model.modules()}
+    live.is_torn = True  # until all is put back, which may be cut or fail
     try:
         yield
     finally:
@@ -225,3 +226,4 @@ def _put_back(live: Live) -> Iterator[None]:
             start.go_back()
             for module, training in modes.items():
                 module.training = training
+            live.is_torn = False

@@ -16,7 +16,7 @@ from nbtrain import grades, growth
 from nbtrain.bar import goodbye, hello
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
-from nbtrain.errors import NbtrainError
+from nbtrain.errors import NbtrainError, SessionError
 from nbtrain.frozen import Frozen
 from nbtrain.lines import Lines
 from nbtrain.live import Live
@@ -39,8 +39,17 @@ class Keeping:
         self._every_s, self._frozen = every_s, Frozen()
 
     def load(self) -> None:
-        """Be what the newest whole checkpoint says, if there is one, and say so."""
+        """Be what the newest whole checkpoint says, if there is one, and say so.
+
+        Raises:
+            SessionError: there is none, and what is alive is torn.
+        """
         self.saver, found = self._opened.find(self._name)
+        if found is None and self._live.is_torn:
+            raise SessionError(
+                f"{self._name!r} is half changed, and has no checkpoint to go back to. "
+                "Make the session again, with a fresh model: nothing was trained yet."
+            )
         self.is_fresh, self.resumed = found is None, "new"
         self._forget()
         at, notes = None, []

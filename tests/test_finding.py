@@ -142,6 +142,27 @@ def test_whatever_ends_it_all_is_as_before(
     assert_same_bits(bits(run.run()), bits(session(tmp_path / "without", **WAYS[way]).run()))
 
 
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_where_the_putting_back_fails_the_next_run_never_trains_on_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved: bool
+) -> None:
+    run = session(tmp_path / "with")
+    until(run, 2 if is_saved else 0, "stop")
+    with monkeypatch.context() as patch:
+        patch.setattr(finding.parts, "put", raising_at_once)
+        with pytest.raises(OSError, match="no putting back"):
+            run.find_lr(**FEW)
+    if is_saved:
+        assert_same_bits(bits(run.run()), bits(session(tmp_path / "without").run()))
+    else:
+        with pytest.raises(SessionError, match="has no checkpoint to go back to"):
+            run.run()
+
+
+def raising_at_once(*_: Any) -> None:
+    raise OSError("no putting back")
+
+
 def test_where_memory_is_short_it_tries_smaller_micro_batches_and_the_session_is_as_before(
     tmp_path: Path,
 ) -> None:
