@@ -27,6 +27,7 @@ from nbtrain.stores import Store
 
 NAME = re.compile(r"frozen-[0-9a-f]{16}\.safetensors")
 COPY = re.compile(r"frozen-[0-9a-f]{16}-copy\.safetensors")
+WINDOWS = 3  # that show whether what is frozen moves
 
 
 class Still:
@@ -52,6 +53,49 @@ class Still:
         return f"frozen-{self.entry['sha256'][:16]}.safetensors"
 
 
+class Watch:
+    """Which frozen parameters move from window to window, as a teacher does.
+
+    Many a recipe moves it through `.data`, which torch does not count. So at first all are copied, and
+    compared, until none has begun to move for `WINDOWS` windows; after that torch's count has to do.
+    What begins to move later is found after the first window that moved it, which cannot be taken
+    back; if it is moved through `.data`, it stays unseen.
+
+    Args:
+        parameters: By name.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._still, self._num_windows = dict(parameters), WINDOWS
+        self._versions: dict[str, int] = {}
+        self._copies: dict[str, Tensor] | None = None
+
+    @property
+    def copies(self) -> Mapping[str, Tensor]:
+        """Those that may move yet, as they were when `look` was called."""
+        return self._copies or {}
+
+    def look(self) -> set[str]:
+        """Return the names of those that have moved since the last call; they are watched no more."""
+        still, copies = self._still, self._copies
+        if copies is None:  # on the CPU, where they cost nothing
+            self._copies = {name: p.detach().to("cpu", copy=True) for name, p in still.items()}
+            return set()
+        moved = {name for name in copies if not is_same(copies[name], still[name].detach().cpu())}
+        self._num_windows = WINDOWS if moved else self._num_windows - 1
+        moved |= {name for name, version in self._versions.items() if version != still[name]._version}
+        for name in moved:
+            del still[name]
+        is_over = self._num_windows <= 0
+        self._copies = {} if is_over else {name: copies[name] for name in still}
+        self._versions = {name: p._version for name, p in still.items()} if is_over else {}
+        return moved
+
+    def go_back(self) -> None:
+        """Know that the window was not done: what has not moved in it shows nothing."""
+        self._num_windows += bool(self._copies)
+
+
 class Frozen:
     """What of a model has stood still so far."""
 
@@ -69,7 +113,7 @@ class Frozen:
         held = model.named_parameters(remove_duplicate=False)
         names = {name for name, p in held if not p.requires_grad and name in copies}
         before = self._still.tensors if self._still is not None else {}
-        same = {name for name in names & before.keys() if _is_same(before[name], copies[name])}
+        same = {name for name in names & before.keys() if is_same(before[name], copies[name])}
         self._moved |= (names & before.keys()) - same
         found = {name: copies.pop(name) for name in sorted(names - self._moved)}
         if found.keys() != before.keys() or found.keys() != same:
@@ -77,7 +121,7 @@ class Frozen:
         return self._still
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def is_same(one: Tensor, other: Tensor) -> bool:
     """Compare bits, where 0.0 is not -0.0, and a NaN is what it was."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

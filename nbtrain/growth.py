@@ -37,7 +37,8 @@ def fitted(found: Snapshot, task: Task) -> tuple[Snapshot, dict[str, str]]:
         return found, {}
     trees_of = found.state["trees"]
     there, here = parts.weights(found.model, trees_of), dict(task.model.state_dict())
-    named = [name for name in {**there, **here} if _is_named(name, task.fresh)]
+    late = parts.bound(task.model, trees_of)  # whose form says nothing
+    named = [n for n in {**there, **here} if n not in late and _is_named(n, task.fresh)]
     anew = [n for n in named if n in here and parts.form(there, n) != parts.form(here, n)]
     gone = [n for n in named if n not in here]
     saved = trees.restore(trees_of["optimizer"], found.tensors)

@@ -369,6 +369,7 @@ class Live:
         self.num_samples = self._order.length(self.epoch)
         self.task.optimizer.zero_grad(set_to_none=True)
         self.window, self.is_torn, self._pending = None, False, []
+        self._start = parts.Start(self.task)  # what it has seen move was not of this state
         self.adopt(state.get("scaler"))
 
     def adopt(self, scaling: dict[str, Any] | None) -> None:

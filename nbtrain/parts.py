@@ -9,87 +9,137 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbtrain import schedulers, trees
+from nbtrain import frozen, schedulers, trees
 from nbtrain.errors import CheckpointError, NbtrainWarning, explain
 from nbtrain.history import History
 from nbtrain.task import Task
 
 MISFIT = "Build the session as it was, or give the new one another name; the checkpoint is untouched."
 
+_built: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+
 
 class Start:
-    """The start of a window: what a forward pass may change, kept until the window is done.
+    """The start of a window: what may change inside it, kept until the window is done.
 
     What is trained does not change inside a window, so with the buffers (BatchNorm's running
-    statistics), the parts, and frozen parameters that the user's step moves, such as a teacher's, this
-    is all that it takes to go back.
+    statistics), the parts, the weights that an optimizer among the parts steps, and frozen parameters
+    that the user's step moves, such as a teacher's, this is all that it takes to go back.
+
+    Which frozen ones move, and what of it stays unseen, says `frozen.Watch`.
     """
 
     def __init__(self, task: Task) -> None:
-        self._task = task
-        # Owners and not tensors: a module may bind a new tensor to a buffer's name in forward.
-        self._owners = {
-            f"{prefix}.{name}".lstrip("."): (module, name)
-            for prefix, module in task.model.named_modules(remove_duplicate=False)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        }
-        self._kept = [buffer.detach().clone() for buffer in self._live()]
+        self._task, self._owners = task, owners(task.model)
+        as_built(task.model)
+        self._kept: dict[str, Tensor | None] = {}
         self._parts: dict[str, Any] = {}
-        named = task.model.named_parameters(remove_duplicate=False)
-        self._frozen = {name: p for name, p in named if not p.requires_grad}
-        self._versions: dict[str, int] = {}
-        self._moving: dict[str, Tensor] = {}
+        found = [p for p in task.parts.values() if isinstance(p, torch.optim.Optimizer)]
+        self._optimizers = [optimizer for optimizer in found if optimizer is not task.optimizer]
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        stepped = {id(p) for group in groups for p in group["params"]}
+        self._parameters = dict(task.model.named_parameters(remove_duplicate=False))
+        self._moving = {name for name, p in self._parameters.items() if id(p) in stepped}
+        named = self._parameters.items()
+        still = {n: p for n, p in named if not p.requires_grad and n not in self._moving}
+        self._watch = frozen.Watch(still)
+        self._copies: dict[str, Tensor] = {}
 
     def mark(self) -> None:
         """Remember this moment."""
-        self._mark_frozen()
-        if self._kept:
-            torch._foreach_copy_(self._kept, self._live())
+        self._moving |= self._watch.look()
+        self._copies = {name: self._parameters[name].detach().clone() for name in self._moving}
+        to, of = [], []
+        for name, buffer in self._live():
+            kept = self._kept.get(name)
+            if buffer is None or kept is None or not _fits(kept, buffer):
+                self._kept[name] = None if buffer is None else buffer.clone()
+            else:
+                to.append(kept)
+                of.append(buffer)
+        if to:
+            torch._foreach_copy_(to, of)
         for name, part in self._task.parts.items():
             tensors: dict[str, Tensor] = {}
             self._parts[name] = tensors, trees.flatten(part.state_dict(), f"parts/{name}", tensors)
 
     def go_back(self) -> None:
         """Make the model and the parts what they were, and drop the window's gradients."""
-        if self._kept:
-            torch._foreach_copy_(self._live(), self._kept)
-        for name, kept in self._moving.items():
-            self._frozen[name].detach().copy_(kept)
+        to, of = [], []
+        for name, buffer in self._live():
+            kept = self._kept[name]
+            if buffer is None or kept is None or not _fits(kept, buffer):
+                module, own = self._owners[name]
+                module._buffers[own] = None if kept is None else kept.clone()
+            else:
+                to.append(buffer)
+                of.append(kept)
+        if to:
+            torch._foreach_copy_(to, of)
+        for name, copied in {**self._copies, **self._watch.copies}.items():
+            self._parameters[name].detach().copy_(copied)
+        self._watch.go_back()
         for name, (tensors, tree) in self._parts.items():
             self._task.parts[name].load_state_dict(trees.restore(tree, tensors))
-        self._task.optimizer.zero_grad(set_to_none=True)
+        for optimizer in (self._task.optimizer, *self._optimizers):
+            optimizer.zero_grad(set_to_none=True)
 
-    def _mark_frozen(self) -> None:
-        for name, parameter in self._frozen.items():
-            before = self._versions.get(name)
-            if before is None:  # in the first window any of them may move: on the CPU they cost nothing
-                self._moving[name] = parameter.detach().to("cpu", copy=True)
-            elif before != parameter._version:
-                self._moving[name] = parameter.detach().clone()
-            else:
-                self._moving.pop(name, None)
-            self._versions[name] = parameter._version
-
-    def _live(self) -> list[Tensor]:
-        found = (module._buffers[name] for module, name in self._owners.values())
-        return [buffer.detach() for buffer in found if buffer is not None]
+    def _live(self) -> Iterator[tuple[str, Tensor | None]]:
+        for name, (module, own) in self._owners.items():
+            buffer = module._buffers[own]
+            yield name, None if buffer is None else buffer.detach()
 
     @property
-    def buffers(self) -> Mapping[str, Tensor]:
-        """The model's buffers, and what moves of its frozen parameters, as they were."""
-        return self._moving | dict(zip(self._owners, self._kept, strict=True))
+    def buffers(self) -> Mapping[str, Tensor | None]:
+        """The model's buffers, and what may move of its parameters, as they were."""
+        return {**self._copies, **self._watch.copies, **self._kept}
 
     @property
     def parts(self) -> Mapping[str, Any]:
         """The parts as they were: (tensors, tree) by name."""
         return self._parts
+
+
+def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return who holds each buffer, and under which name.
+
+    Owners and not tensors: a module may bind another tensor to a buffer's name in forward, or None.
+    """
+    return {
+        f"{prefix}.{name}".lstrip("."): (module, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._buffers
+    }
+
+
+def as_built(model: nn.Module) -> dict[str, str]:
+    """Return the forms that the buffers in a model's state_dict had when it was first seen here.
+
+    One that is bound in forward may be "None" then, and have another form ever after.
+    """
+    if model not in _built:
+        state, forms = model.state_dict(), {}
+        for name, (module, own) in owners(model).items():
+            if name in state:
+                forms[name] = form(state, name)
+            elif module._buffers[own] is None and own not in module._non_persistent_buffers_set:
+                forms[name] = "None"
+        _built[model] = forms
+    return _built[model]
+
+
+def bound(model: nn.Module, found: Mapping[str, Any]) -> set[str]:
+    """Return the names of the buffers whose form forward has changed, there or here."""
+    here, forms = model.state_dict(), as_built(model)
+    is_same = {n for n, was in forms.items() if was == (form(here, n) if n in here else "None")}
+    return {*(forms.keys() - is_same), *found.get("built", {})}
 
 
 def take(
@@ -104,10 +154,14 @@ def take(
     """
     model: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    state = dict(task.model.state_dict())
-    if start is not None:
-        state.update({n: b for n, b in start.buffers.items() if n in state})
+    state, forms = dict(task.model.state_dict()), as_built(task.model)
     same = tied(state)
+    for name, kept in {} if start is None else start.buffers.items():
+        if kept is None:
+            state.pop(name, None)
+        elif name in state or name in forms:
+            state[name] = kept
+    same = {name: first for name, first in same.items() if name in state and first in state}
     held = {name: trees.flatten(v, name, model) for name, v in state.items() if name not in same}
     found = {
         "model": {name: held[same.get(name, name)] for name in state},
@@ -119,6 +173,8 @@ def take(
         "scheduler_class": _scheduler_class(task),
         "parts": {},
     }
+    if grown := {n: was for n, was in forms.items() if n in state and was != form(state, n)}:
+        found["built"] = grown
     if task.ema is not None:
         found["ema"] = trees.flatten(task.ema.state_dict(), "ema", tensors)
     for name, part in task.parts.items():
@@ -173,9 +229,9 @@ def put(
     """
     state = weights(model, found)
     here = task.model.state_dict()
-    _check_model(state, here)
+    _check_model(_forms(state) | found.get("built", {}), _forms(here) | as_built(task.model))
     if "tied" in found:  # an older nbtrain did not write it down
-        _check_same("The model ties other weights to each other.", found["tied"], tied(here))
+        _check_ties(found["tied"], tied(here), bound(task.model, found))
     _check_same(
         "The optimizer is of another class.",
         found["optimizer_class"],
@@ -188,7 +244,7 @@ def put(
     _check_same("There is no EMA on both sides.", *sides)
     ema = {} if task.ema is None else trees.restore(found["ema"], tensors)
     if task.ema is not None:
-        _check_model(ema, task.ema.state_dict(), "EMA")
+        _check_model(_forms(ema), _forms(task.ema.state_dict()), "EMA")
     built = {} if task.scheduler is None else schedulers.options(task.scheduler)
     if task.scheduler is not None:
         kept = trees.restore(found["parts"]["scheduler"], tensors)
@@ -201,6 +257,7 @@ def put(
         [len(group["params"]) for group in optimizer["param_groups"]],
         [len(group["params"]) for group in task.optimizer.param_groups],
     )
+    _make_room(task.model, state)
     task.model.load_state_dict(state)
     if task.ema is not None:
         task.ema.load_state_dict(ema)
@@ -229,6 +286,7 @@ def model_of(
     if task.ema is not None:
         ema = trees.restore(found["ema"], tensors)
         state = {n.removeprefix("module."): v for n, v in ema.items() if n.startswith("module.")}
+    _make_room(made, state)
     made.load_state_dict(state)
     return made
 
@@ -255,13 +313,37 @@ def _check_same(what: str, there: object, here: object) -> None:
         raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=MISFIT))
 
 
-def _check_model(there: Mapping[str, Any], here: Mapping[str, Any], which: str = "model") -> None:
+def _check_model(there: Mapping[str, str], here: Mapping[str, str], which: str = "model") -> None:
     for name in [*there, *here]:
-        sides = [form(side, name) for side in (there, here)]
-        if sides[0] != sides[1]:
+        sides = [side.get(name, "absent") for side in (there, here)]
+        if sides[0] != sides[1] and sides != ["absent", "None"]:  # which holds nothing either
             hint = ", and fresh=[...] of the Task does not name it" if which == "model" else ""
             what = f"The {which} does not fit at {name!r}{hint}."
             raise CheckpointError(explain(what, checkpoint=sides[0], session=sides[1], way_out=MISFIT))
+
+
+def _check_ties(there: Mapping[str, str], here: Mapping[str, str], apart: set[str]) -> None:
+    sides = [{n: first for n, first in side.items() if n not in apart} for side in (there, here)]
+    _check_same("The model ties other weights to each other.", *sides)
+
+
+def _forms(state: Mapping[str, Any]) -> dict[str, str]:
+    return {name: form(state, name) for name in state}
+
+
+def _make_room(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Let the buffers that forward binds be such that a state, which was checked, can be loaded."""
+    here, device = model.state_dict(), next(model.parameters()).device
+    for name, (module, own) in owners(model).items():
+        value = state.get(name)
+        if value is None and name in here:
+            module._buffers[own] = None
+        elif isinstance(value, Tensor) and form(state, name) != form(here, name):
+            module._buffers[own] = torch.empty_like(value, device=device)
+
+
+def _fits(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def form(state: Mapping[str, Any], name: str) -> str:
