@@ -23,6 +23,7 @@ from nbtrain.forward import Forward
 from nbtrain.history import History
 from nbtrain.journal import Journal
 from nbtrain.judging import Judging
+from nbtrain.schedule import FUNCTION
 from nbtrain.task import Task
 
 
@@ -84,8 +85,10 @@ class Live:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step, first group."""
-        if self.journal.writes_rates:
+        """The learning rate of the next step, first group; where a function has ended the last one's."""
+        now = self.journal.settings
+        is_over = now["decay"] == FUNCTION and self.progress >= (now["epochs"] or math.inf)
+        if self.journal.writes_rates and not is_over:
             return self.journal.rates(self.progress)[0]
         return float(self.task.optimizer.param_groups[0]["lr"])
 
@@ -216,16 +219,13 @@ class Live:
         """End a full window: clip, write the rates, step, count."""
         optimizer = self.task.optimizer
         groups = optimizer.param_groups
-        self.is_torn = True
+        rates = self.journal.rates(self.progress) if self.journal.writes_rates else None
+        self.is_torn = True  # what a schedule raised has changed nothing yet
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)  # the norm is clipped of what will be applied
         loss = window.finish((p for group in groups for p in group["params"]), self._clip_norm)
-        if self.journal.writes_rates:
-            for group, lr in zip(groups, self.journal.rates(self.progress), strict=True):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
+        if rates is not None:
+            schedulers.write(optimizer, rates)
         lr = float(groups[0]["lr"])
         if self.scaler is None:
             optimizer.step()
@@ -321,9 +321,8 @@ class Live:
 
     def note(self, metrics: dict[str, float]) -> None:
         """Write into the history what a validation gave here."""
-        row = self._row(self.lr) | {"loss": self.loss}
-        if self.history.last is not None:  # the rate of a step that was, not of one to come
-            row["lr"] = self.history.last["lr"]
+        last = self.history.last  # the rate of a step that was, not of one to come
+        row = self._row(self.lr if last is None else last["lr"]) | {"loss": self.loss}
         self.history.close_epoch(row | metrics)
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

@@ -32,6 +32,7 @@ from nbtrain.bar import number
 from nbtrain.frames import BLUE, DOTS, FAINT, GREEN, ORANGE, PURPLE, RED, WIDTH
 from nbtrain.journal import Journal
 from nbtrain.scales import Floats, Scale, smooth, thinned
+from nbtrain.schedule import FUNCTION
 
 ENDLESS_EPOCHS = 1.0  # how far ahead is planned where a run has no end
 PLAN_POINTS = 240
@@ -317,7 +318,9 @@ def _planned(journal: Journal, progress: float, num_rows: int) -> tuple[Floats, 
     schedule = journal.schedule
     # A corner stays a corner, and a jump is upright.
     corners = schedule.corners(progress, end)
-    even = np.linspace(progress, end, PLAN_POINTS + 1).tolist()
+    # No step begins at the end, and a function of the user's need not know it.
+    last = math.nextafter(end, -math.inf) if schedule.decay == FUNCTION else end
+    even = np.linspace(progress, last, PLAN_POINTS + 1).tolist()
     x = sorted({*even, *corners, *(math.nextafter(at, -math.inf) for at in corners)})
     return np.array(x), np.array([journal.rates(at)[0] for at in x])
 

@@ -9,9 +9,10 @@ own. Functions that it was given, as LambdaLR is, are in no state; build brings 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -75,6 +76,15 @@ def written(group: Mapping[str, Any]) -> set[str]:
 def scales(optimizer: Optimizer) -> list[float]:
     """Return what each group's rate is to be multiplied by: `lr_scale`, timm's way of layer decay."""
     return [float(group.get("lr_scale", 1.0)) for group in optimizer.param_groups]
+
+
+def write(optimizer: Optimizer, rates: Sequence[float]) -> None:
+    """Write the rates of the next step into the optimizer's groups."""
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def options(scheduler: LRScheduler) -> dict[str, Any]:

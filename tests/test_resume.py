@@ -278,6 +278,44 @@ def test_a_function_of_ones_own_is_what_the_rates_are(tmp_path: Path) -> None:
     assert run.journal.settings["decay"] == "function"
 
 
+def a_table() -> nbtrain.Task:
+    task = build()
+    task.schedule = lambda progress: [1.0, 0.1, 0.01][int(progress)]
+    return task
+
+
+def test_a_function_that_ends_with_the_run_is_never_asked_beyond_it(tmp_path: Path) -> None:
+    run = session(tmp_path, build=a_table, decay="constant", warmup_epochs=0, epochs=3)
+    run.plot()
+    run.run()
+    assert run.state == "done"
+    assert [row["lr"] for row in run.history.epochs] == pytest.approx([0.05, 0.005, 0.0005])
+    again = session(tmp_path, build=a_table, decay="constant", warmup_epochs=0, epochs=3)
+    assert again.status()["lr"] == again.lr == run.lr == pytest.approx(0.0005)
+
+
+broken: list[int] = []
+
+
+def breaking() -> nbtrain.Task:
+    task = build()
+    task.schedule = lambda progress: float("nan") if broken else 1 / (1 + progress)
+    return task
+
+
+def test_a_function_that_raises_costs_no_step_that_was_trained(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"build": breaking, "decay": "constant", "warmup_epochs": 0}
+    expected = bits(session(tmp_path / "whole", **changes).run())
+    run = session(tmp_path / "broken", **changes)
+    run.task.model.register_forward_pre_hook(lambda *_: broken.append(1) if run.step == 4 else None)
+    with pytest.raises(ValueError, match="decay gave nan at progress"):
+        run.run()
+    broken.clear()
+    run.task.model._forward_pre_hooks.clear()
+    assert run.step == 4
+    assert_same_bits(bits(run.run()), expected)
+
+
 def test_a_function_comes_back_in_one_line_with_the_recipe(tmp_path: Path) -> None:
     expected = session(tmp_path / "whole", build=falling, decay="constant").run()
     for batch in (run := session(tmp_path / "cut", build=falling, decay="constant")):
