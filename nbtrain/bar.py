@@ -29,8 +29,20 @@ def hello(name: str, place: str, at: str | None, notes: list[str]) -> str:
     return "\n  ".join([f"{name}: resumed at {at}, from {place}.", *notes])
 
 
-def goodbye(name: str, at: str, reason: str, way_on: str, *, is_own: bool, verdict: str = "") -> str:
-    """Say where a loop has ended, why, and how it goes on; the user's own does so by its cell."""
+def goodbye(
+    name: str,
+    at: str,
+    reason: str,
+    way_on: str,
+    *,
+    is_own: bool,
+    verdict: str = "",
+    is_whole: bool = True,
+) -> str:
+    """Say where a loop has ended, why, and how it goes on; the user's own does so by its cell.
+
+    It is whole where it ended at the step that it had come to.
+    """
     if reason == "done":
         return f"{name}: done at {at}. For more, raise epochs."
     if reason == "early":
@@ -38,9 +50,8 @@ def goodbye(name: str, at: str, reason: str, way_on: str, *, is_own: bool, verdi
     if reason == "pause" and not is_own:
         return f"{name}: paused at {at}.\n  Resume goes on; Stop ends it."
     if reason == "error":
-        return (
-            f"{name}: ended by an error at {at}.\n  Mend it, and run the cell again: nothing is lost."
-        )
+        lost = ": nothing is lost" if is_whole else ", which goes on from there"
+        return f"{name}: ended by an error at {at}.\n  Mend it, and run the cell again{lost}."
     return f"{name}: ended by {reason} at {at}.\n  To go on: {way_on}"
 
 

@@ -99,7 +99,7 @@ def find(name: str, opened: Opened, loop: Loop, *, low: float, high: float, step
             "Session(..., loss=) or step=, or write build."
         )
     if loop.live.is_torn:  # its checkpoint could not be read when the last loop ended
-        loop.keeping.load()
+        loop.keeping.fall_back()
     rates = np.geomspace(low, high, steps).tolist()
     found: list[RangeTest] = []
     # Under the lock of the orders: no click can start the training meanwhile.

@@ -210,6 +210,11 @@ class Journal:
         return changes, settings
 
     @property
+    def by_hand(self) -> list[dict[str, Any]]:
+        """What was set by hand, in its order."""
+        return [changes for _, _, by, changes in self._edits if by == "hand"]
+
+    @property
     def writes_rates(self) -> bool:
         """Whether the rates are the session's; else they are the optimizer's, or a part's."""
         planned = self.first["warmup_epochs"] or self.first["decay"] != "constant"

@@ -36,7 +36,7 @@ class Keeping:
 
     def __init__(self, name: str, opened: Opened, live: Live, lines: Lines, every_s: float) -> None:
         self._name, self._opened, self._live, self._lines = name, opened, live, lines
-        self._every_s, self._frozen = every_s, Frozen()
+        self._every_s, self._frozen, self._is_back = every_s, Frozen(), False
 
     def load(self) -> None:
         """Be what the newest whole checkpoint says, if there is one, and say so.
@@ -62,6 +62,26 @@ class Keeping:
         if self._opened.replay is not None:
             self._opened.replay.rewind(self._live.progress)
         self._lines.say(hello(self._name, self._opened.stores[-1].place, at, notes))
+
+    def fall_back(self) -> None:
+        """Be what was saved last, where what is alive is torn, and say what that costs.
+
+        What was set by hand since then is set again, from there on; not after a loss that was not
+        finite, of which it may be the cause.
+        """
+        live, name, step = self._live, self._name, self._live.step
+        before, is_spoilt = live.journal.by_hand, live.is_spoilt
+        self.load()
+        self._is_back = True
+        since = before[len(live.journal.by_hand) :]
+        for changes in () if is_spoilt else since:
+            live.journal.edit(live.step, live.progress, "hand", **changes)
+        text = f"{name}: back from step {step} to step {live.step}; what came between is trained again"
+        if since:
+            words_of = ", ".join(f"{k}={v!r}" for changes in since for k, v in changes.items())
+            text += f".\n  Set since then: {words_of}; "
+            text += "set it again if it was not the cause" if is_spoilt else "it holds from here on"
+        self._lines.say(f"{text}.")
 
     def regrade(self) -> None:
         """Grade how this kernel goes on from what it has trained, and say where that promises less."""
@@ -92,6 +112,7 @@ class Keeping:
 
     def begin(self) -> None:
         """Save before the first step: the place of a new session is tried out now, not at hour one."""
+        self._is_back = False
         if self._saved_at == -math.inf:
             self.request("")
             if self.is_fresh:
@@ -131,7 +152,9 @@ class Keeping:
         on = "the same cells" if is_own else opened.way_on(self._name)
         reason, at = live.end or reason, self._at + where
         verdict = live.judging.verdict(live.history.epochs) if reason == "early" else ""
-        self._lines.say(goodbye(self._name, at, reason, on, is_own=is_own, verdict=verdict))
+        is_whole = not self._is_back
+        said = goodbye(self._name, at, reason, on, is_own=is_own, verdict=verdict, is_whole=is_whole)
+        self._lines.say(said)
 
     def say_saved(self) -> None:
         """Say what was just saved because somebody asked for it."""

@@ -59,7 +59,7 @@ class Live:
         self.logged: dict[str, float] = {}
         self.loss = math.nan
         self.window: accumulation.Window | None = None
-        self.is_torn = False
+        self.is_torn = self.is_spoilt = False
         self.scaler, self.judging = forward.new_scaler(), judging
         self.rooms: dict[str, int] = {}  # by device: samples that a micro-batch has room for
         self._order, self._drop_last, self._clip_norm = order, drop_last, clip_norm
@@ -85,7 +85,7 @@ class Live:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step, first group; where a function has ended the last one's."""
+        """The learning rate of the next step, first group; after the end of a function the last one."""
         now = self.journal.settings
         is_over = now["decay"] == FUNCTION and self.progress >= (now["epochs"] or math.inf)
         if self.journal.writes_rates and not is_over:
@@ -367,7 +367,8 @@ class Live:
         self.rooms = dict(state.get("rooms", {}))
         self.num_samples = self._order.length(self.epoch)
         self.task.optimizer.zero_grad(set_to_none=True)
-        self.window, self.is_torn, self._pending = None, False, []
+        self.window, self._pending = None, []
+        self.is_torn = self.is_spoilt = False
         self._start = parts.Start(self.task)  # what it has seen move was not of this state
         self.adopt(state.get("scaler"))
 
@@ -378,7 +379,7 @@ class Live:
             self.scaler.load_state_dict(scaling)
 
     def _spoilt(self, what: str, row: dict[str, Any]) -> LossError:
-        self.is_torn = True
+        self.is_torn = self.is_spoilt = True
         return LossError(
             f"{what} at step {row['step']} "
             f"(epoch {row['progress']:.3f}, learning rate {row['lr']:.3g}).\n"

@@ -334,7 +334,7 @@ class Loop(Driven):
 
     def _begin(self) -> None:
         if self.live.is_torn:  # its checkpoint could not be read when the last loop ended
-            self.keeping.load()
+            self.keeping.fall_back()
         if not self.live.task.model.training:
             self.live.task.model.train()
         self.keeping.regrade()
@@ -351,7 +351,7 @@ class Loop(Driven):
             self._orders.obey()
             if self.live.is_torn:
                 self.keeping.saver.wait(timeout_s=self.keeping.patience_s)
-                self.keeping.load()
+                self.keeping.fall_back()
             self.live.go_back()
             self.live.enter(self.reason, time.time())
             if not self.keeping.has(self.reason):

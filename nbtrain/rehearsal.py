@@ -82,7 +82,7 @@ def rehearse(name: str, opened: Opened, loop: Loop, within_s: float | None) -> R
     """
     _refuse_if_it_trains(name, opened, loop)
     if loop.live.is_torn:  # its checkpoint could not be read when the last loop ended
-        loop.keeping.load()
+        loop.keeping.fall_back()
     began = time.monotonic()
     problem = _hopeless(opened, loop)
     if not problem:

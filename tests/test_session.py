@@ -413,6 +413,46 @@ def test_an_error_inside_of_update_is_told_as_one_and_nothing_is_lost(tmp_path: 
     assert_same_bits(bits(run.run()), expected)
 
 
+def test_an_error_inside_the_optimizers_step_tells_what_is_trained_again_and_keeps_edits(
+    tmp_path: Path,
+) -> None:
+    run = session(tmp_path, warmup_epochs=0, decay="constant")
+
+    def raising(*_: Any) -> None:
+        if run.step == 2:
+            raise RuntimeError("once")
+
+    hook = run.task.optimizer.register_step_pre_hook(raising)
+    run.task.model.register_forward_pre_hook(
+        lambda *_: run.set(lr=0.01, accumulate=2) if run.step == 1 else None
+    )
+    with pytest.raises(RuntimeError, match="once"):
+        run.run()
+    hook.remove()
+    told = "\n".join(run.lines)
+    assert "back from step 2 to step 0; what came between is trained again" in told
+    assert "Set since then: lr=0.01, accumulate=2; it holds from here on." in told
+    assert "ended by an error at epoch 0.00, step 0" in run.lines[-1]
+    assert "nothing is lost" not in run.lines[-1]
+    assert (run.step, run.lr, run.journal.settings["accumulate"]) == (0, 0.01, 2)
+    again = session(tmp_path, warmup_epochs=0, decay="constant")
+    assert (again.lr, again.journal.settings["accumulate"]) == (0.01, 2)
+    assert again.run().state == "done"
+
+
+def test_what_was_set_before_a_loss_that_is_not_finite_is_named_and_not_set_again(
+    tmp_path: Path,
+) -> None:
+    run = session(tmp_path, warmup_epochs=0, decay="constant")
+    loss = run.task.loss
+    run.task.loss = lambda *given: loss(*given) * (float("inf") if run.step == 2 else 1.0)
+    run.task.model.register_forward_pre_hook(lambda *_: run.set(lr=9.0) if run.step == 1 else None)
+    with pytest.raises(nbtrain.LossError):
+        run.run()
+    assert "Set since then: lr=9.0; set it again if it was not the cause." in "\n".join(run.lines)
+    assert run.lr == 0.05
+
+
 def test_a_loss_that_is_a_whole_batch_is_told_by_its_shape(tmp_path: Path) -> None:
     run = session(tmp_path)
     for _ in run:
