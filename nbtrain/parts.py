@@ -359,6 +359,7 @@ def form(state: Mapping[str, Any], name: str) -> str:
 def _put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     built = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    schedulers.restored(optimizer)
     for number, (before, group) in enumerate(zip(built, optimizer.param_groups, strict=True)):
         for name in before.keys() - {"lr", "initial_lr"} - schedulers.written(group):
             if name in group and group[name] != before[name]:

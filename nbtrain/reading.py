@@ -6,7 +6,6 @@ A session reads one task; a population reads one for each member, under a seed o
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -21,9 +20,6 @@ from nbtrain.task import Task
 
 DEFAULT_BATCH = 32
 STREAM = "train data"  # the part that is a stream's state
-
-_built_rates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]]
-_built_rates = weakref.WeakKeyDictionary()
 
 
 def decay_apart(
@@ -82,9 +78,8 @@ class Reading:
         self.found = self._found(arguments)  # settings that the task brings and nobody wrote
         self.settings: dict[str, Any] = {name: arguments.get(name) for name in SETTINGS} | self.found
         self.settings["milestones"] = tuple(arguments["milestones"])
-        # Of the first time: later on the optimizer's rates are those that a schedule has written.
-        rates = [float(group["lr"]) for group in task.optimizer.param_groups]
-        self.group_lrs = _built_rates.setdefault(task.optimizer, rates)
+        planned = self.settings["warmup_epochs"] or self.settings["decay"] != "constant"
+        self.group_lrs = schedulers.peaks(task.optimizer, is_planned=bool(planned))
         self.journal = Journal(self.settings, self.group_lrs, task.schedule)
         self.journal.refuse_no_function(self.journal.settings)
         self._refuse_two_schedules()

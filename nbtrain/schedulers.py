@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +20,9 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from nbtrain.errors import TaskError
 
 PER = ("step", "epoch")
+
+_built: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
+_written: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
 
 
 def check(scheduler: Any, per: str | None, optimizer: Optimizer) -> None:
@@ -79,12 +83,44 @@ def scales(optimizer: Optimizer) -> list[float]:
 
 
 def write(optimizer: Optimizer, rates: Sequence[float]) -> None:
-    """Write the rates of the next step into the optimizer's groups."""
+    """Write the rates of the next step into the optimizer's groups, and remember that."""
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+    _written[optimizer] = list(rates)
+
+
+def restored(optimizer: Optimizer) -> None:
+    """Remember that the rates of now are not the user's, if some were written before."""
+    if optimizer in _written:
+        _written[optimizer] = [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def peaks(optimizer: Optimizer, *, is_planned: bool) -> list[float]:
+    """Return the rates that the user gave: of the first time, or what they have written since.
+
+    What a schedule, ours or torch's, has written into the groups is no peak.
+
+    Args:
+        is_planned: Whether a session is about to write rates; else a loop of the user's own may.
+    """
+    groups, written = optimizer.param_groups, _written.get(optimizer)
+    now = [float(group["lr"]) for group in groups]
+    if written is None:
+        is_users = is_planned and not any("initial_lr" in group for group in groups)
+    else:
+        is_users = len(now) == len(written) and not all(map(_is_rate, groups, written))
+    if is_users:
+        _built[optimizer] = now
+        _written.pop(optimizer, None)
+    return _built.setdefault(optimizer, now)
+
+
+def _is_rate(group: Mapping[str, Any], written: float) -> bool:
+    lr = group["lr"]  # as a tensor it is rounded
+    return float(lr) == (float(lr.new_tensor(written)) if isinstance(lr, Tensor) else written)
 
 
 def options(scheduler: LRScheduler) -> dict[str, Any]:

@@ -377,6 +377,41 @@ def test_the_same_cell_with_the_same_objects_changes_nothing(tmp_path: Path) -> 
     assert again.journal.rates(1.0) == [0.05]
 
 
+def test_rates_that_the_user_has_written_since_are_the_next_sessions_peaks(tmp_path: Path) -> None:
+    task = build()
+    task.optimizer.param_groups[0]["lr"] = torch.tensor(0.05)
+    fields = {name: getattr(task, name) for name in ("model", "optimizer", "train")}
+    run = session(tmp_path / "one", build=None, **fields)
+    for batch in run:
+        run.update(run.task.run(batch)[0])
+        if run.step == 4:
+            run.stop()
+    again = session(tmp_path / "one", build=None, **fields)
+    assert (again.journal.peak_lr, again.journal.entries) == (pytest.approx(0.05), []), "ours, no peak"
+    third = session(tmp_path / "one", build=None, **fields)
+    assert (third.journal.peak_lr, third.journal.entries) == (pytest.approx(0.05), []), "put back, too"
+    task.optimizer.param_groups[0]["lr"] = 0.001
+    tuned = session(tmp_path / "two", build=None, **fields)
+    assert tuned.journal.peak_lr == 0.001
+    for batch in tuned:
+        tuned.update(tuned.task.run(batch)[0])
+    assert max(tuned.history["lr"]) <= 0.001
+
+
+def test_rates_written_after_a_session_without_a_schedule_count_as_well(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"build": None, "warmup_epochs": 0, "decay": "constant"}
+    task = build()
+    fields = {name: getattr(task, name) for name in ("model", "optimizer", "train")}
+    for batch in (run := session(tmp_path / "one", **plain, **fields)):
+        run.update(run.task.run(batch)[0])
+    for group in task.optimizer.param_groups:
+        group["lr"] = 0.001
+    assert session(tmp_path / "one", **plain, **fields).journal.entries == [], "its loop may do so"
+    for group in task.optimizer.param_groups:
+        group["lr"] = 0.001
+    assert session(tmp_path / "two", build=None, **fields).journal.peak_lr == 0.001
+
+
 def test_a_stop_that_came_too_late_is_not_for_the_next_run(tmp_path: Path) -> None:
     run = session(tmp_path, epochs=1, decay="constant")
     late = iter([True])
