@@ -103,7 +103,8 @@ def _optimizer(
         )
     before = _places(trees_of["optimizer_names"])
     built = task.optimizer.state_dict()["param_groups"]
-    state, param_groups, without, index = {}, [], [], 0
+    state = {key: kept for key, kept in saved["state"].items() if not isinstance(key, int)}
+    param_groups, without, index = [], [], 0
     for names, group in zip(_places(groups, nested=True), built, strict=True):
         mine: dict[str, Any] = {}
         for name in names:

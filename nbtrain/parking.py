@@ -72,6 +72,8 @@ def _move(task: Task, to: Callable[[Tensor], Tensor]) -> None:
     for module in modules:
         module._apply(to)
     for state in task.optimizer.state.values():
+        if not isinstance(state, dict):  # a number of the optimizer's own
+            continue
         for name, value in state.items():
             if isinstance(value, Tensor):
                 state[name] = to(value)

@@ -368,7 +368,8 @@ def _put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     # load_state_dict casts moments to the parameter's dtype, where float32 ones under bf16 lose bits,
     # and fused kernels walk through parameter and moments alike: their strides have to agree.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, saved in state["state"].items():
+    held = {index: kept for index, kept in state["state"].items() if isinstance(index, int)}
+    for index, saved in held.items():  # what has another key is no parameter's, and is put as it is
         parameter, live = parameters[index], optimizer.state[parameters[index]]
         for name, value in saved.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -97,7 +97,26 @@ def adversarial() -> nbtrain.Task:
     return task(model, model["maker"], step=step, parts={"judging": judging})
 
 
-WAYS = [bound_later, bound_twice, growing, taught_by_binding, taught_in_place, adversarial]
+class Counting(torch.optim.SGD):
+    """Keeps a count and an average under a key that is no parameter's, and steps by them."""
+
+    def step(self, closure: Any = None) -> Any:
+        kept = self.state["all"]
+        kept["count"] = kept.get("count", 0) + 1
+        norm = torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).mean()
+        kept["norm"] = 0.9 * kept.get("norm", norm) + 0.1 * norm
+        for p in self.param_groups[0]["params"]:
+            p.grad.div_(kept["norm"] * kept["count"])
+        return super().step(closure)
+
+
+def counting() -> nbtrain.Task:
+    model = nn.Linear(6, 3)
+    optimizer = Counting(model.parameters(), lr=0.05, momentum=0.9)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy())
+
+
+WAYS = [bound_later, bound_twice, growing, taught_by_binding, taught_in_place, adversarial, counting]
 
 
 @pytest.mark.parametrize("build", WAYS)
