@@ -4,6 +4,8 @@ A scheduler of torch keeps the rate in the optimizer's groups and goes on from w
 build makes optimizer and scheduler, and then the optimizer's state is put back first and the
 scheduler's after it: each is what it was, and no constructor runs after that to write a rate of its
 own. Functions that it was given, as LambdaLR is, are in no state; build brings them again.
+
+Here the session's own rates are written too, and told apart from those that the user gives.
 """
 
 from __future__ import annotations
