@@ -37,7 +37,7 @@ from nbtrain.finding import RangeTest
 from nbtrain.loop import Loop
 from nbtrain.opening import Opened
 from nbtrain.rehearsal import Rehearsal
-from nbtrain.task import Task, check_names
+from nbtrain.task import Task, as_logged, check_names
 
 
 class Session(Facts):
@@ -257,8 +257,12 @@ class Session(Facts):
         return self._loop.autocast()
 
     def log(self, **metrics: float) -> None:
-        """Write metrics of your own into the history, at the end of this epoch."""
-        self._live.logged |= {name: float(value) for name, value in metrics.items()}
+        """Write metrics of your own into the history, at the end of this epoch.
+
+        Raises:
+            TaskError: one is no number, or has a name that is taken; none of them is written.
+        """
+        self._live.logged |= as_logged(metrics)
 
     # ---- orders, from this thread or another
 

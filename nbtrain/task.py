@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -260,10 +261,31 @@ def check_names(named: Mapping[str, Any]) -> None:
         TaskError: says which, and why.
     """
     for name, value in named.items():
-        if not isinstance(name, str) or name in TAKEN:
-            raise TaskError(f"{name!r} cannot be logged: the history has it. Take another name.")
+        _refuse_taken(name)
         if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
             raise TaskError(f"{name!r} is a {_kind(value)}. Give a number, or a tensor of one.")
+
+
+def as_logged(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a user logs as plain numbers.
+
+    Raises:
+        TaskError: says which is none, or has a name that is taken.
+    """
+    found = {}
+    for name, value in metrics.items():
+        _refuse_taken(name)
+        is_one = getattr(value, "ndim", 0) == 0 or math.prod(value.shape) == 1
+        if not (hasattr(value, "__float__") and is_one):
+            shown = f"a tensor of shape {tuple(value.shape)}" if not is_one else repr(value)
+            raise TaskError(f"{name}={shown} cannot be logged. Give a number: log({name}=0.5).")
+        found[name] = float(value)
+    return found
+
+
+def _refuse_taken(name: Any) -> None:
+    if not isinstance(name, str) or name in TAKEN:
+        raise TaskError(f"{name!r} cannot be logged: the history has it. Take another name.")
 
 
 def _kind(value: object) -> str:

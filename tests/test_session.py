@@ -26,6 +26,7 @@ from runs import (
 
 import nbtrain
 from nbtrain import checkpoint
+from nbtrain.errors import TaskError
 from nbtrain.stores import FolderStore, MemoryStore
 
 
@@ -209,6 +210,33 @@ def test_epochs_close_after_their_body_with_what_was_logged(tmp_path: Path) -> N
             run.update(loss)
         run.log(accuracy=0.5 + epoch.number / 10)
     assert run.history["accuracy"] == [None, None, 0.5, None, None, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [
+        ({"loss": 0.5}, r"'loss' cannot be logged: the history has it"),
+        ({"lr": 3.0, "step": 0}, r"'lr' cannot be logged"),
+        ({"accuracy": "good"}, r"accuracy='good' cannot be logged\. Give a number: log\(accuracy=0\.5"),
+        ({"accuracy": "0.5"}, r"accuracy='0\.5' cannot"),
+        ({"accuracy": None}, r"accuracy=None cannot"),
+        ({"accuracy": torch.ones(2)}, r"accuracy=a tensor of shape \(2,\) cannot"),
+    ],
+)
+def test_what_is_no_number_or_the_history_has_is_not_logged(
+    tmp_path: Path, logged: dict[str, Any], words: str
+) -> None:
+    run = session(tmp_path, epochs=1, warmup_epochs=0)
+    run.task.valid = None
+    for epoch in run.epochs():
+        for batch in epoch:
+            run.update(run.task.run(batch)[0])
+        run.log(kept=torch.tensor([0.25]))
+        with pytest.raises(TaskError, match=words):
+            run.log(other=1.0, **logged)
+    assert run.history["kept"] == [None, None, 0.25]
+    assert run.history["step"] == [1, 2, 3]
+    assert "other" not in next(iter(run.history))
 
 
 def test_history_opens_as_a_pandas_frame_with_the_promised_columns(tmp_path: Path) -> None:
