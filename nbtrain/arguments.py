@@ -56,6 +56,22 @@ def check(arguments: dict[str, Any]) -> None:
     journal.check(settings)
 
 
+def traced(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what shapes a run and is no setting of its journal, as plain values of one spelling."""
+    judging = Judging.of(arguments)
+    every = None
+    if judging.every is not None:
+        amount, unit = judging.every
+        every = f"{amount} {unit if amount > 1 else unit[:-1]}"
+    return {
+        "clip_norm": arguments.get("clip_norm"),
+        "metric": judging.metric,
+        "direction": judging.direction,
+        "patience": judging.patience,
+        "validate_every": every,
+    }
+
+
 def shared(given: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that all members share: those that are given, and the rest of them.
 

@@ -177,11 +177,12 @@ class Journal:
             self.schedule = schedule
         return new < old
 
-    def note(self, step: int, progress: float, by: str, what: str, old: Any, new: Any) -> None:
-        """Write down a change that is no setting's, such as of the optimizer's momentum."""
-        if new != old:
-            self.entries.append(Entry(step, progress, what, old, new, by))
-            self._edits.append((step, progress, by, {"noted": [what, old, new]}))
+    def note(self, step: int, progress: float, by: str, what: str, old: Any, new: Any) -> list[Entry]:
+        """Write down a change that is no setting's, such as of the optimizer's momentum, if it is one."""
+        made = [Entry(step, progress, what, old, new, by)] if new != old else []
+        self.entries += made
+        self._edits += [(step, progress, by, {"noted": [what, old, new]}) for _ in made]
+        return made
 
     def tried(self, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what would change, and the settings then; raise ValueError where it cannot be."""

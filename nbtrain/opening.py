@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nbtrain import checkpoint, grades, growth, host, parts, randomness, recipe, replaying, task
-from nbtrain.arguments import ARGUMENTS, check, check_name
+from nbtrain.arguments import ARGUMENTS, check, check_name, traced
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
@@ -227,6 +227,9 @@ class Opened(Ground):
         if is_other and len(self._groups) == len(state["group_lrs"]):
             changes["lr"] = self._groups[0]
         made = live.journal.edit(live.step, live.progress, "cell", **changes)
+        then = traced(before)
+        for name, value in traced(self.arguments).items():
+            made += live.journal.note(live.step, live.progress, "cell", name, then[name], value)
         notes += [f"{e.what}: {e.old} -> {e.new}, as the cell says now" for e in made]
         for name, value in live.journal.settings.items():
             if name in self.arguments and value != self.settings[name]:

@@ -201,6 +201,26 @@ def test_a_longer_run_is_the_same_cell_with_more_epochs(tmp_path: Path) -> None:
     assert (longer.is_done, longer.epoch, longer.step) == (True, 3, 9)
 
 
+def test_what_shapes_the_run_and_is_no_setting_is_told_and_written_down_when_it_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session(tmp_path, epochs=2, clip_norm=1.0, validate_every="1 epochs").run()
+    same = session(tmp_path, epochs=2, clip_norm=1, keep=5, save_every="1h", direction="min")
+    assert same.journal.entries == []
+    capsys.readouterr()
+    changed = {"clip_norm": 0.001, "patience": 7, "validate_every": "2 epochs"}
+    judged = {"metric": "accuracy", "direction": "max"}
+    run = session(tmp_path, epochs=2, bar=True, **changed, **judged)
+    told = capsys.readouterr().out
+    assert "\n  clip_norm: 1.0 -> 0.001, as the cell says now\n" in told
+    assert "\n  validate_every: 1 epoch -> 2 epochs, as the cell says now\n" in told
+    entries = {e.what: (e.step, e.new, e.by) for e in run.journal.entries}
+    assert entries == {name: (6, value, "cell") for name, value in (changed | judged).items()}
+    run.save()
+    again = session(tmp_path, epochs=2, **changed, **judged)
+    assert again.journal.entries == run.journal.entries, "once, and for good"
+
+
 def test_epochs_close_after_their_body_with_what_was_logged(tmp_path: Path) -> None:
     run = session(tmp_path)
     run.task.valid = None
