@@ -150,7 +150,7 @@ class Keeping:
         saved = list(self.saver.saved.values())[-1:]
         where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
         on = "the same cells" if is_own else opened.way_on(self._name)
-        reason, at = live.end or reason, self._at + where
+        reason, at = reason if reason == "error" else live.end or reason, self._at + where
         verdict = live.judging.verdict(live.history.epochs) if reason == "early" else ""
         is_whole = not self._is_back
         said = goodbye(self._name, at, reason, on, is_own=is_own, verdict=verdict, is_whole=is_whole)

@@ -233,6 +233,9 @@ class Loop(Driven):
             self.keeping.heed()
         if not self._may_go_on("window") and not self._is_resumed():
             return False
+        if not self.live.position and self.live.end == "done":  # somebody has just lowered epochs
+            self.reason = "done"
+            return False
         if self._opened.replay is not None:
             self._opened.replay.follow(self.live)
         if self.keeping.is_due(now):
@@ -382,7 +385,10 @@ class Loop(Driven):
             self.keeping.request(self.reason)
 
     def _edit(self, changes: dict[str, Any]) -> None:
+        live, epochs = self.live, changes.get("epochs")
+        if epochs is not None and live.position:  # an epoch that is under way is the last one at least
+            changes = changes | {"epochs": max(epochs, live.epoch + 1)}
         try:
-            self.live.edit(changes)
+            live.edit(changes)
         except ValueError as error:  # two changes, each of which could be made alone
             self.lines.warn(f"Not set: {error}")

@@ -201,6 +201,40 @@ def test_a_longer_run_is_the_same_cell_with_more_epochs(tmp_path: Path) -> None:
     assert (longer.is_done, longer.epoch, longer.step) == (True, 3, 9)
 
 
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_fewer_epochs_than_are_begun_end_the_run_after_the_one_under_way(
+    tmp_path: Path, epochs: int, decay: str
+) -> None:
+    run = session(tmp_path, epochs=5, decay=decay, warmup_epochs=0)
+    for batch in run:
+        if run.step == 4:  # inside the second epoch
+            run.set(epochs=epochs)
+        run.update(run.task.run(batch)[0])
+    assert (run.state, run.reason, run.is_done) == ("done", "done", True)
+    assert (run.epoch, run.step, len(run.history.epochs)) == (2, 6, 2)
+    assert "valid_loss" in run.history.epochs[-1]
+    assert [(e.what, e.old, e.new) for e in run.journal.entries] == [("epochs", 5, 2)]
+    assert run.history["lr"][4] > 0
+    assert session(tmp_path, epochs=5, decay=decay, warmup_epochs=0).run().step == 6
+
+
+def test_no_epochs_left_at_the_start_of_one_end_the_run_at_once(tmp_path: Path) -> None:
+    run = session(tmp_path, epochs=5, decay="constant")
+    for epoch in run.epochs():
+        if epoch.number == 2:
+            run.set(epochs=1)
+        for batch in epoch:
+            run.update(run.task.run(batch)[0])
+    assert (run.state, run.epoch, run.step, run.progress) == ("done", 2, 6, 2.0)
+
+
+def test_a_line_says_of_no_run_that_failed_that_it_is_done(tmp_path: Path) -> None:
+    run = session(tmp_path).run()
+    run._loop.keeping.say_goodbye("error", is_own=False)
+    assert run.lines[-1].startswith("tiny: ended by an error at epoch 2.00")
+
+
 def test_what_shapes_the_run_and_is_no_setting_is_told_and_written_down_when_it_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
