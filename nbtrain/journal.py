@@ -178,7 +178,7 @@ class Journal:
         return new < old
 
     def note(self, step: int, progress: float, by: str, what: str, old: Any, new: Any) -> list[Entry]:
-        """Write down a change that is no setting's, such as of the optimizer's momentum, if it is one."""
+        """Write down a change that is no setting's, such as of the optimizer's momentum."""
         made = [Entry(step, progress, what, old, new, by)] if new != old else []
         self.entries += made
         self._edits += [(step, progress, by, {"noted": [what, old, new]}) for _ in made]

@@ -126,8 +126,8 @@ class Live:
         Raises:
             ValueError: they cannot be changed so.
         """
-        if "batch_size" in changes and self._order.is_batched:
-            raise ValueError("batch_size is the batch sampler's. Set accumulate=, or give it another.")
+        if "batch_size" in changes:
+            self._order.refuse(changes["batch_size"])
         self.journal.edit(self.step, self.progress, "hand", **changes)
 
     def next_window(self) -> accumulation.Window | None:

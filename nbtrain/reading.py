@@ -86,12 +86,8 @@ class Reading:
         self.journal.scheduler = "" if task.scheduler is None else type(task.scheduler).__name__
         self.journal.scales = schedulers.scales(task.optimizer)
         self._tell_of_idle_scales()
-        size, length = self.settings["batch_size"], len(self.source.dataset)
-        if self.source.drop_last and size > length:
-            raise DataError(
-                f"batch_size={size} with drop_last leaves nothing of {length} samples. "
-                "Make it smaller, or keep the last batch."
-            )
+        if misfit := self.order.misfit(self.settings["batch_size"]):
+            raise DataError(misfit)
         self.train = self._loader(self.source, (seed, "train"), self.order)
         self.valid: data.Loader | None = None
         self.valid_batch = 0

@@ -164,6 +164,26 @@ class Order:
         given = self._source.sampler is not None or self.is_batched
         return len(self(epoch) if given else self._source.dataset)
 
+    def misfit(self, batch_size: int) -> str:
+        """Say why batches of a size leave nothing to train, or nothing where they do not."""
+        if self.is_batched or not self._source.drop_last or batch_size <= self.length(0):
+            return ""
+        return (
+            f"batch_size={batch_size} with drop_last leaves nothing of {self.length(0)} samples. "
+            "Make it smaller, or keep the last batch."
+        )
+
+    def refuse(self, batch_size: int) -> None:
+        """Refuse a size that somebody sets on the way.
+
+        Raises:
+            ValueError: a batch sampler makes the batches, or none would be full.
+        """
+        if self.is_batched:
+            raise ValueError("batch_size is the batch sampler's. Set accumulate=, or give it another.")
+        if misfit := self.misfit(batch_size):
+            raise ValueError(misfit)
+
     @property
     def is_batched(self) -> bool:
         """Whether a batch sampler of the user's own makes the batches, whatever their sizes."""

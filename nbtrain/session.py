@@ -37,7 +37,7 @@ from nbtrain.finding import RangeTest
 from nbtrain.loop import Loop
 from nbtrain.opening import Opened
 from nbtrain.rehearsal import Rehearsal
-from nbtrain.task import Task, as_logged, check_names
+from nbtrain.task import Task, as_logged, check_names, shown
 
 
 class Session(Facts):
@@ -240,7 +240,7 @@ class Session(Facts):
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
-                f"loss={_shown(loss)} is no scalar with a gradient. "
+                f"loss={shown(loss)} is no scalar with a gradient. "
                 "Give the mean over the batch, not detached and not .item()."
             )
         if n is not None and not n > 0:
@@ -277,6 +277,8 @@ class Session(Facts):
         """
         settings = {name: value for name, value in changes.items() if name != "budget"}
         self.journal.tried(**settings)
+        if "batch_size" in settings:
+            self._opened.order.refuse(settings["batch_size"])
         if "budget" in changes:
             self.budget.limit_s = seconds(changes["budget"])
         self._loop.set(settings)
@@ -389,9 +391,3 @@ class Session(Facts):
 
             self._face = Face(self)
         return self._face
-
-
-def _shown(loss: Any) -> str:
-    """Write a loss that is none; of a whole tensor its shape."""
-    is_large = isinstance(loss, Tensor) and loss.numel() > 1
-    return f"a tensor of shape {tuple(loss.shape)}" if is_large else repr(loss)

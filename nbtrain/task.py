@@ -275,12 +275,17 @@ def as_logged(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         _refuse_taken(name)
-        is_one = getattr(value, "ndim", 0) == 0 or math.prod(value.shape) == 1
-        if not (hasattr(value, "__float__") and is_one):
-            shown = f"a tensor of shape {tuple(value.shape)}" if not is_one else repr(value)
-            raise TaskError(f"{name}={shown} cannot be logged. Give a number: log({name}=0.5).")
+        is_large = getattr(value, "ndim", 0) and math.prod(value.shape) != 1
+        if is_large or not hasattr(value, "__float__"):
+            raise TaskError(f"{name}={shown(value)} cannot be logged. Give a number: log({name}=0.5).")
         found[name] = float(value)
     return found
+
+
+def shown(value: Any) -> str:
+    """Write a value that is not what it should be; of a whole tensor its shape."""
+    is_large = isinstance(value, Tensor) and value.numel() > 1
+    return f"a tensor of shape {tuple(value.shape)}" if is_large else repr(value)
 
 
 def _refuse_taken(name: Any) -> None:

@@ -248,12 +248,32 @@ def test_a_batch_samplers_windows_are_its_batches(tmp_path: Path) -> None:
     assert sizes == [[2, 6, 3, 4], [4, 4]] * 2 + [[]]
 
 
+def dropping_last() -> nbtrain.Task:
+    return loaded(batch_size=3, shuffle=True, drop_last=True)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_batch_that_drop_last_would_leave_nothing_of_is_not_set(tmp_path: Path, trains: bool) -> None:
+    run = session(tmp_path, build=dropping_last)
+    refused = pytest.raises(ValueError, match=r"batch_size=24 with drop_last leaves nothing of 23 samp")
+    for batch in run if trains else ():
+        if run.step == 1:
+            with refused:
+                run.set(batch_size=24, budget="1h")
+        run.update(run.task.run(batch)[0])
+    with refused:
+        run.set(batch_size=24, budget="1h")
+    assert run.journal.entries == [] and run.budget.limit_s != 3600
+    assert run.run().epoch == 2
+    run.set(batch_size=23)
+
+
 def test_a_batch_samplers_sizes_are_its_own(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"batch_size=3.*batch sampler, which makes.*Leave batch_size out"
     ):
         session(tmp_path, build=buckets)
     run = session(tmp_path, build=buckets, batch_size=None)
-    with pytest.warns(nbtrain.NbtrainWarning, match="batch_size is the batch sampler's"):
+    with pytest.raises(ValueError, match="batch_size is the batch sampler's"):
         run.set(batch_size=2)
     assert run.journal.entries == []
