@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
-from nbtrain import journal
+from nbtrain import journal, task
 from nbtrain.budget import seconds
 from nbtrain.forward import PRECISIONS
 from nbtrain.journal import OPTIONS, SETTINGS
@@ -105,3 +106,25 @@ def check_speed(given: dict[str, Any]) -> None:
                 f"compile={compile!r} must be True, False, or a dict of torch.compile's arguments in "
                 'plain values: {"mode": "max-autotune"}.'
             ) from error
+
+
+def task_of(build: Callable[[], task.Task] | None, fields: dict[str, Any]) -> task.Task:
+    """Return what `build` gives, or what its fields make.
+
+    Raises:
+        ValueError: a field is none, or stands beside build.
+        TaskError: it cannot be trained.
+    """
+    known = task.Task.__dataclass_fields__
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*ARGUMENTS, *known], 1, 0.5)
+            hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Session)."
+            raise ValueError(f"There is no argument {name}=. {hint}")
+    if build is not None:
+        if fields:
+            raise ValueError(f"{', '.join(fields)} belong into the Task that build returns.")
+        return task.call(build)
+    if not {"model", "optimizer", "train"} <= fields.keys():
+        raise ValueError("Give build, or at least model=, optimizer= and train=.")
+    return task.Task(**fields).check()

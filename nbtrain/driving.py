@@ -104,6 +104,7 @@ class Driven(ABC):
             if self.is_done:
                 train()  # says so, and nothing else
                 return
+            opening.refuse_beside(self)
             self._num_loops += 1
             thread = TrainingThread(self.name, train, lambda: self.halt("terminate"))
             thread.start()
@@ -179,6 +180,7 @@ class Driven(ABC):
     def _running(self) -> Iterator[None]:
         opening.claim(self.name, self._ground, self)
         if self._thread is None:  # else the one that `start` has made
+            opening.refuse_beside(self)
             self._thread, self.worker = threading.current_thread(), None
             self._orders.wait = True
             self._num_loops += 1

@@ -6,7 +6,6 @@ the store is compared with what the user wrote before anything is touched.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import secrets
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from nbtrain import checkpoint, grades, growth, host, parts, randomness, recipe, replaying, task
-from nbtrain.arguments import ARGUMENTS, check, check_name, traced
+from nbtrain.arguments import check, check_name, task_of, traced
 from nbtrain.budget import Budget, seconds, words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
@@ -135,7 +134,7 @@ class Opened(Ground):
         randomness.seed(self.seed, "build")
         self.replay = replaying.of(build, arguments["replay"], self.seed)
         first = self.replay.first if self.replay is not None else {}
-        self.task = _task(self.replay.built if self.replay is not None else build, fields)
+        self.task = task_of(self.replay.built if self.replay is not None else build, fields)
         self.forward = Forward.of(arguments, self.device)
         self.forward.prepare(self.task)
         self.judging = Judging.of(arguments)
@@ -336,6 +335,22 @@ def refuse_while_training(what: str) -> None:
             )
 
 
+def refuse_beside(loop: Any) -> None:
+    """Refuse to train while another thread does: both draw from the generators of the process.
+
+    Raises:
+        SessionError: says which trains.
+    """
+    for (_, name), other in list(_open.items()):
+        if other is not loop:
+            other.await_end()
+            if other.runs_elsewhere:
+                raise SessionError(
+                    f"{name!r} is training in this kernel, and a second training beside it would "
+                    "disturb the random numbers of both. Wait for it, or stop it first."
+                )
+
+
 def register(name: str, opened: Ground, loop: Any) -> None:
     """Let this be the loop of its session in this kernel."""
     _open[opened.stores[-1].place, name] = loop
@@ -367,19 +382,3 @@ def claim(name: str, opened: Ground, loop: Any) -> None:
 def _same(what: str, there: object, here: object) -> None:
     if there != here:
         raise CheckpointError(explain(what, checkpoint=there, session=here, way_out=parts.MISFIT))
-
-
-def _task(build: Callable[[], task.Task] | None, fields: dict[str, Any]) -> task.Task:
-    known = task.Task.__dataclass_fields__
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, [*ARGUMENTS, *known], 1, 0.5)
-            hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Session)."
-            raise ValueError(f"There is no argument {name}=. {hint}")
-    if build is not None:
-        if fields:
-            raise ValueError(f"{', '.join(fields)} belong into the Task that build returns.")
-        return task.call(build)
-    if not {"model", "optimizer", "train"} <= fields.keys():
-        raise ValueError("Give build, or at least model=, optimizer= and train=.")
-    return task.Task(**fields).check()

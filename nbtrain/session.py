@@ -180,7 +180,7 @@ class Session(Facts):
         raised by `wait`. A kernel that ends meanwhile saves first.
 
         Raises:
-            SessionError: it is training already, or a newer session of this name was made.
+            SessionError: it or another is training already, or a newer one of its name was made.
             TaskError, ValueError: `metric`, `patience` or a plateau wait for what no validation gives.
         """
         self._live.refuse_blind()

@@ -739,6 +739,15 @@ def test_a_population_that_nobody_holds_lives_as_long_as_it_trains(tmp_path: Pat
     assert found is not None and found.wait().state == "done"
 
 
+def test_beside_a_population_that_trains_no_session_does(tmp_path: Path) -> None:
+    run = session(tmp_path / "run")
+    found = population(tmp_path / "herd").start()
+    with pytest.raises(SessionError, match=r"'herd' is training in this kernel, and a second"):
+        run.start()
+    found.stop()
+    assert run.run().state == "done" and found.state == "stopped"
+
+
 def test_plots_are_figures_of_what_is_there(tmp_path: Path) -> None:
     found = population(tmp_path)
     assert found.schedule == [] and found.best_row is None

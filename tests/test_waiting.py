@@ -87,6 +87,36 @@ def test_start_returns_at_once_and_wait_when_it_is_done(tmp_path: Path) -> None:
     assert run.start().wait().state == "done"
 
 
+def test_beside_one_that_trains_no_other_does(tmp_path: Path) -> None:
+    first, second = session(tmp_path / "one"), session(tmp_path / "two")
+    goes_on = threading.Event()
+    at_forward(first, 0, lambda: goes_on.wait(30))
+    first.start()
+    refused = pytest.raises(nbtrain.SessionError, match=r"'tiny' is training .*Wait for it, or stop")
+    for train in (second.start, second.run, lambda: next(iter(second))):
+        with refused:
+            train()
+        assert (second.state, second.step) == ("ready", 0)
+    goes_on.set()
+    first.wait()
+    assert_same_bits(bits(second.run()), bits(first))
+
+
+def test_one_that_was_told_to_stop_is_waited_for(tmp_path: Path) -> None:
+    first, second = endless(tmp_path / "one").start(), session(tmp_path / "two")
+    first.stop()
+    assert second.run().state == "done"
+    assert first.state == "stopped"
+
+
+def test_a_loop_that_an_error_left_behind_hinders_no_other_session(tmp_path: Path) -> None:
+    first, second = session(tmp_path / "one"), session(tmp_path / "two")
+    batches = iter(first)
+    next(batches)
+    assert first.state == "running"
+    assert second.run().state == "done"
+
+
 def test_an_order_that_comes_before_the_first_window_is_obeyed(tmp_path: Path) -> None:
     run = endless(tmp_path).start()
     run.pause()
