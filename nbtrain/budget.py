@@ -9,12 +9,17 @@ next. What would run into the reserve is not begun.
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Protocol
+
+from nbtrain.errors import BudgetError
 
 MARGIN = 1.5  # times the worst seen: the last save meets a fuller disk and a slower mount
 SLACK_S = 60.0  # for the process to end and the host to notice, or 2 % of a short budget
+UNKNOWN_LIMIT_S = 9 * 3600.0
 UNITS_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -113,3 +118,49 @@ class Budget:
         if self.limit_s is None:
             return True
         return self.left_s - self.cost_s(what) >= self.reserve_s()
+
+
+class HostClock(Protocol):
+    """What is asked of a host here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def limit_s(self) -> float | None: ...
+    @property
+    def guard_s(self) -> float: ...
+    @property
+    def started_at(self) -> float: ...
+    @property
+    def clock(self) -> str: ...
+
+
+def make_budget(
+    here: HostClock,
+    budget: str | float | None,
+    started_at: float | None,
+    clock: Callable[[], float],
+) -> tuple[Budget, str]:
+    """Return the budget, and in words how its start is known.
+
+    Raises:
+        BudgetError: it is over already.
+    """
+    limit_s: float | None
+    if budget == "auto":
+        known = here.limit_s is not None
+        limit_s = here.limit_s - here.guard_s if here.limit_s is not None else UNKNOWN_LIMIT_S
+        source = f"limit of {here.name} less a guard" if known else "9h, the host's limit is unknown"
+    else:
+        limit_s, source = seconds(budget), "as asked"
+    elapsed_s = max(0.0, time.time() - (here.started_at if started_at is None else started_at))
+    since = here.clock if started_at is None else "started_at as given"
+    made = Budget(limit_s, elapsed_s, clock)
+    if made.left_s <= 0:
+        raise BudgetError(
+            f"The budget of {words(limit_s)} is over already: "
+            f"{words(elapsed_s)} have passed since {since}.\n"
+            'Give a longer one, budget="12h", none with budget=None, or the true started_at=. '
+            "Nothing was changed."
+        )
+    return made, f"{words(limit_s)} ({source}), counted from {since}"

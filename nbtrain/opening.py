@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,12 +18,22 @@ from typing import Any
 
 import torch
 
-from nbtrain import checkpoint, grades, growth, host, parts, randomness, recipe, replaying, task
+from nbtrain import (
+    checkpoint,
+    grades,
+    growth,
+    host,
+    parts,
+    randomness,
+    recipe,
+    replaying,
+    schedulers,
+    task,
+)
 from nbtrain.arguments import check, check_name, task_of, traced
-from nbtrain.budget import Budget, seconds, words
+from nbtrain.budget import make_budget
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import (
-    BudgetError,
     CheckpointError,
     DataError,
     NbtrainWarning,
@@ -39,7 +48,6 @@ from nbtrain.reading import Reading, decay_apart
 from nbtrain.saving import Saver
 from nbtrain.stores import FolderStore, find_store
 
-UNKNOWN_LIMIT_S = 9 * 3600.0
 IMPORTED = secrets.token_hex(8)
 
 _open: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
@@ -137,7 +145,8 @@ class Opened(Ground):
         self.task = task_of(self.replay.built if self.replay is not None else build, fields)
         self.forward = Forward.of(arguments, self.device)
         self.forward.prepare(self.task)
-        self.judging = Judging.of(arguments)
+        self.judging = how = Judging.of(arguments)
+        schedulers.refuse_other_direction(self.task.scheduler, how.metric, how.direction)
         read = Reading(self.task, arguments | first, seed=self.seed, device=self.device)
         if self.replay is not None:
             self.replay.check(self.task, read.journal)
@@ -241,6 +250,20 @@ class Opened(Ground):
         live.grade = grades.compare(state.get("fingerprint"), self.fingerprint(live))
         return notes
 
+    def refuse_length(self, live: Live) -> None:
+        """Refuse a scheduler that ends before the run does.
+
+        Raises:
+            TaskError: says both numbers.
+        """
+        scheduler, settings = self.task.scheduler, live.journal.settings
+        if scheduler is None or settings["epochs"] is None:
+            return
+        num_left = settings["epochs"] - live.epoch
+        if schedulers.per(scheduler, self.task.scheduler_per) == "step":
+            num_left = self.order.num_windows(live.epoch, live.position, settings)
+        schedulers.refuse_length(scheduler, num_left, is_resumed=live.step > 0, levels=3)
+
     def close(self) -> None:
         """End the workers."""
         self.train.close()
@@ -261,37 +284,6 @@ def stores(store: Any, here: host.Host) -> list[Any]:
     words_of = re.sub(r"[^A-Za-z0-9]+", "-", found.place).strip("-")[-60:]
     place = f"{words_of}-{sha256(found.place.encode()).hexdigest()[:12]}"
     return [FolderStore(here.scratch / place), found]
-
-
-def make_budget(
-    here: host.Host,
-    budget: str | float | None,
-    started_at: float | None,
-    clock: Callable[[], float],
-) -> tuple[Budget, str]:
-    """Return the budget, and in words how its start is known.
-
-    Raises:
-        BudgetError: it is over already.
-    """
-    limit_s: float | None
-    if budget == "auto":
-        known = here.limit_s is not None
-        limit_s = here.limit_s - here.guard_s if here.limit_s is not None else UNKNOWN_LIMIT_S
-        source = f"limit of {here.name} less a guard" if known else "9h, the host's limit is unknown"
-    else:
-        limit_s, source = seconds(budget), "as asked"
-    elapsed_s = max(0.0, time.time() - (here.started_at if started_at is None else started_at))
-    since = here.clock if started_at is None else "started_at as given"
-    made = Budget(limit_s, elapsed_s, clock)
-    if made.left_s <= 0:
-        raise BudgetError(
-            f"The budget of {words(limit_s)} is over already: "
-            f"{words(elapsed_s)} have passed since {since}.\n"
-            'Give a longer one, budget="12h", none with budget=None, or the true started_at=. '
-            "Nothing was changed."
-        )
-    return made, f"{words(limit_s)} ({source}), counted from {since}"
 
 
 def retire(name: str, opened: Ground) -> None:

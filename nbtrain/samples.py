@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -163,6 +163,17 @@ class Order:
         """Return how many samples an epoch has."""
         given = self._source.sampler is not None or self.is_batched
         return len(self(epoch) if given else self._source.dataset)
+
+    def num_windows(self, epoch: int, position: int, settings: Mapping[str, Any]) -> int:
+        """Return how many steps are left of a run, were all later epochs as long as this one."""
+
+        def left(position: int) -> int:
+            size, drop_last = settings["batch_size"], self._source.drop_last
+            sizes = self.sizes(epoch, position, size, drop_last=drop_last)
+            return -(-sum(1 for _ in sizes) // int(settings["accumulate"]))
+
+        num_later = int(settings["epochs"]) - epoch - 1
+        return left(position) + num_later * left(0) if num_later >= 0 else 0
 
     def misfit(self, batch_size: int) -> str:
         """Say why batches of a size leave nothing to train, or nothing where they do not."""

@@ -11,6 +11,7 @@ Here the session's own rates are written too, and told apart from those that the
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from nbtrain.errors import TaskError
+from nbtrain.errors import NbtrainWarning, TaskError
 
 PER = ("step", "epoch")
+LONG_BEFORE = 0.8  # of its length
 
 _built: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
 _written: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
@@ -51,6 +53,56 @@ def check(scheduler: Any, per: str | None, optimizer: Optimizer) -> None:
         raise TaskError(f"Task(scheduler_per={per!r}) is not known. Use one of: {', '.join(PER)}.")
     if isinstance(scheduler, ReduceLROnPlateau) and per == "step":
         raise TaskError("A ReduceLROnPlateau needs a validation. Leave scheduler_per out.")
+
+
+def refuse_length(scheduler: Any, num_left: int, *, is_resumed: bool, levels: int) -> None:
+    """Refuse one of a fixed length that the run outlasts; warn where the run ends long before it.
+
+    Args:
+        scheduler: As it is now; most have no length.
+        num_left: How often it will be stepped from here to the run's end.
+        is_resumed: Whether it came from a checkpoint, which has its length.
+        levels: Frames of ours above this call, so that a warning points at the user's line.
+
+    Raises:
+        TaskError: says both numbers, and a way out.
+    """
+    length = getattr(scheduler, "total_steps", None)
+    if not isinstance(length, int) or num_left <= 0:
+        return
+    kind, num_run = type(scheduler).__name__, scheduler.last_epoch + num_left
+    both = f"The {kind} has total_steps={length}, and the run steps it {num_run} times"
+    if num_run > length and is_resumed:
+        raise TaskError(
+            f"{both}. It is the checkpoint's and cannot be lengthened. Give the session no more epochs "
+            'than it was made for, or a new name; decay="onecycle" instead of it could be lengthened.'
+        )
+    if num_run > length:
+        raise TaskError(
+            f"{both}: after {length} it would raise. Make it with total_steps={num_run}, "
+            'or leave it out and give the session decay="onecycle", which knows the length.'
+        )
+    if num_run < LONG_BEFORE * length:
+        warnings.warn(
+            f"{both} only: the rates will not have come to their end. A step is one of the "
+            f"optimizer's, after all its micro-batches; total_steps={num_run} ends with the run.",
+            NbtrainWarning,
+            stacklevel=2 + levels,
+        )
+
+
+def refuse_other_direction(scheduler: Any, metric: str, direction: str) -> None:
+    """Refuse a plateau that takes a better metric for a worse one.
+
+    Raises:
+        TaskError: names its mode and the session's direction.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != direction:
+        raise TaskError(
+            f"The ReduceLROnPlateau has mode={scheduler.mode!r}, and the session's metric={metric!r} "
+            f"has direction={direction!r}: it would lower the rates while that gets better. "
+            f"Make it with mode={direction!r}, or give direction={scheduler.mode!r}."
+        )
 
 
 def per(scheduler: LRScheduler, asked: str | None) -> str:

@@ -150,6 +150,7 @@ class Session(Facts):
         opening.retire(self.name, self._opened)
         self._live = self._opened.live()
         self._loop = Loop(self.name, self._opened, self._live, save_every_s, self._shows)
+        self._opened.refuse_length(self._live)
         opening.register(self.name, self._opened, self._loop)
         self._face: Any = None
         opening.remember(self)

@@ -23,6 +23,7 @@ from runs import (
 )
 from torch import nn
 from torch.optim import lr_scheduler as torchs
+from torch.utils.data import DataLoader
 
 import nbtrain
 from nbtrain.errors import CheckpointError, NbtrainWarning, TaskError
@@ -258,11 +259,11 @@ def test_a_rate_changed_in_build_is_told_and_stays_the_schedulers(tmp_path: Path
     assert run.lr == 0.05 / 4
 
 
-def some(**fields: Any) -> nbtrain.Task:
+def some(train: Any = None, **fields: Any) -> nbtrain.Task:
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     given = {name: f(optimizer) if callable(f) else f for name, f in fields.items()}
-    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), **given)
+    return nbtrain.Task(model=model, optimizer=optimizer, train=train or Noisy(), **given)
 
 
 STEPWISE = KINDS["StepLR, each step"][0]
@@ -293,7 +294,56 @@ def test_its_name_among_the_parts_is_taken() -> None:
 
 
 def test_a_plateau_without_its_metric_is_told_at_the_first_validation(tmp_path: Path) -> None:
-    run = opened(tmp_path, "ReduceLROnPlateau", metric="accuracy")
+    run = opened(tmp_path, "ReduceLROnPlateau", metric="accuracy", direction="min")
     with pytest.raises(TaskError, match="metric='accuracy' is not among what the validation gives"):
         run.run()
     assert opened(tmp_path, "ReduceLROnPlateau", metric="valid_loss").run().is_done
+
+
+def one_cycle(length: int) -> Callable[[], nbtrain.Task]:
+    def made() -> nbtrain.Task:
+        return some(scheduler=lambda o: torchs.OneCycleLR(o, 0.1, total_steps=length))
+
+    return made
+
+
+def dropping() -> nbtrain.Task:
+    train = DataLoader(Noisy(), batch_size=4, drop_last=True)
+    return some(train, scheduler=lambda o: torchs.OneCycleLR(o, 0.1, total_steps=9))
+
+
+def test_one_of_the_runs_length_lasts_to_its_end(tmp_path: Path) -> None:
+    assert opened(tmp_path, "", build=one_cycle(STEPS)).run().is_done
+    run = opened(tmp_path / "drops", "", build=dropping, batch_size=4, accumulate=2)
+    assert run.run().step == EPOCHS * 3 == run.task.scheduler.total_steps  # of 8, 8 and 4 samples
+
+
+def test_one_that_the_run_outlasts_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    words = rf"OneCycleLR has total_steps={STEPS - 1}, and the run steps it {STEPS} times.*onecycle"
+    with pytest.raises(TaskError, match=words):
+        opened(tmp_path, "", build=one_cycle(STEPS - 1))
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(NbtrainWarning, match=f"total_steps={3 * STEPS}, and .* {STEPS} times only"):
+        opened(tmp_path, "", build=one_cycle(3 * STEPS))
+
+
+def test_one_cannot_be_lengthened_on_resume(tmp_path: Path) -> None:
+    run = opened(tmp_path, "", build=one_cycle(STEPS))
+    for batch in run:
+        run.update(run.task.run(batch)[0])
+        if run.step == 4:
+            break
+    with (
+        pytest.warns(NbtrainWarning, match="total_steps of the OneCycleLR is the checkpoint's"),
+        pytest.raises(TaskError, match=rf"total_steps={STEPS}, .* {STEPS + 3} times.*a new name"),
+    ):
+        opened(tmp_path, "", build=one_cycle(STEPS + 3), epochs=EPOCHS + 1)
+    assert opened(tmp_path, "", build=one_cycle(STEPS)).run().step == STEPS
+
+
+def test_a_plateau_whose_mode_is_not_the_direction_is_refused(tmp_path: Path) -> None:
+    build = building("ReduceLROnPlateau")  # whose mode is "min"
+    words = r"mode='min', and the session's metric='accuracy' has direction='max'.*mode='max'"
+    with pytest.raises(TaskError, match=words):
+        opened(tmp_path, "", build=build, metric="accuracy")
+    assert opened(tmp_path, "", build=build, metric="accuracy", direction="min").step == 0
