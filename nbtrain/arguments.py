@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 from nbtrain import journal, task
 from nbtrain.budget import seconds
+from nbtrain.errors import near
 from nbtrain.forward import PRECISIONS
 from nbtrain.journal import OPTIONS, SETTINGS
 from nbtrain.judging import Judging
@@ -82,9 +82,8 @@ def shared(given: dict[str, Any]) -> dict[str, Any]:
     for name in given.keys() - SHARED.keys():
         if name in ARGUMENTS:
             raise ValueError(f"{name}= is an argument of Session alone. Leave it out.")
-        near = difflib.get_close_matches(name, [*ARGUMENTS, "members", "interval", "space"], 1, 0.5)
-        hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Population)."
-        raise ValueError(f"There is no argument {name}=. {hint}")
+        rate = "or of the space, where members differ in it"
+        raise _unknown(name, (*ARGUMENTS, "members", "interval", "space"), "Population", rate)
     return SHARED | given
 
 
@@ -118,13 +117,20 @@ def task_of(build: Callable[[], task.Task] | None, fields: dict[str, Any]) -> ta
     known = task.Task.__dataclass_fields__
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, [*ARGUMENTS, *known], 1, 0.5)
-            hint = f"Did you mean {near[0]}=?" if near else "See help(nbtrain.Session)."
-            raise ValueError(f"There is no argument {name}=. {hint}")
+            raise _unknown(name, (*ARGUMENTS, *known), "Session", "or session.set(lr=...) from here on")
     if build is not None:
         if fields:
-            raise ValueError(f"{', '.join(fields)} belong into the Task that build returns.")
+            belong = "belongs" if len(fields) == 1 else "belong"
+            raise ValueError(f"{', '.join(fields)} {belong} into the Task that build returns.")
         return task.call(build)
     if not {"model", "optimizer", "train"} <= fields.keys():
         raise ValueError("Give build, or at least model=, optimizer= and train=.")
     return task.Task(**fields).check()
+
+
+def _unknown(name: str, known: tuple[str, ...], kind: str, rate: str) -> ValueError:
+    if name == "lr":
+        return ValueError(f"There is no argument lr=. The rate is the optimizer's, in build; {rate}.")
+    meant = near(name, known)
+    hint = f"Did you mean {meant}=?" if meant else f"See help(nbtrain.{kind})."
+    return ValueError(f"There is no argument {name}=. {hint}")

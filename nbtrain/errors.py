@@ -21,6 +21,11 @@ committed before is still there.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+ALIKE = 0.76  # of difflib's ratio: below it are words that only share letters, as foo and floor
+
 
 class NbtrainError(Exception):
     """Something outside the arguments went wrong; committed checkpoints are intact."""
@@ -69,3 +74,8 @@ class NbtrainWarning(UserWarning):
 def explain(what: str, *, checkpoint: object, session: object, way_out: str) -> str:
     """Write a message in the house shape: what is wrong, both sides aligned, one way out."""
     return f"{what}\n  in checkpoint: {checkpoint}\n  in session:    {session}\n{way_out}"
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return what may have been meant by a word that is not known, or ""."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, ALIKE)), "")

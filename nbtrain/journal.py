@@ -7,13 +7,12 @@ same bits, and a resumed one has the learning rate that the run would have had.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbtrain.errors import CheckpointError
+from nbtrain.errors import CheckpointError, near
 from nbtrain.schedule import FUNCTION, Schedule, linear_scaling
 
 OPTIONS = ("warmup_from", "power", "floor", "period", "multiplier")  # None leaves them to the schedule
@@ -188,8 +187,8 @@ class Journal:
         """Return what would change, and the settings then; raise ValueError where it cannot be."""
         unknown = changes.keys() - set(SETTINGS)
         if unknown:
-            near = difflib.get_close_matches(min(unknown), SETTINGS, 1, 0.5)
-            hint = f"Did you mean {near[0]}? " if near else ""
+            meant = near(min(unknown), (*SETTINGS, "budget"))
+            hint = f"Did you mean {meant}? " if meant else ""
             raise ValueError(
                 f"{', '.join(sorted(unknown))} cannot be set. "
                 f"{hint}There are: {', '.join(SETTINGS)}, budget."

@@ -155,9 +155,39 @@ def test_a_field_that_no_task_has_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, modle=nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Give build, or at least model="):
         nbtrain.Session("tiny", store=tmp_path, model=nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="loss belong into the Task that build returns"):
+    with pytest.raises(ValueError, match=r"^loss belongs into the Task that build returns"):
         session(tmp_path, loss=nn.MSELoss())
+    with pytest.raises(ValueError, match=r"^loss, valid belong into the Task"):
+        session(tmp_path, loss=nn.MSELoss(), valid=Noisy())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rate_is_not_an_argument_and_it_is_said_whose_it_is(tmp_path: Path, begun: Path) -> None:
+    words = (
+        r"no argument lr=\. The rate is the optimizer's, in build; or session\.set\(lr=\.\.\.\) from"
+    )
+    with pytest.raises(ValueError, match=words):
+        session(tmp_path, lr=0.1)
+    with pytest.raises(ValueError, match=words):
+        opened(begun, lr=0.1)
+    assert not list((tmp_path / "tiny").glob("*"))
+    session(tmp_path / "built", epochs=1, decay="constant").save()
+    with pytest.raises(ValueError, match=words):
+        nbtrain.resume("tiny", store=tmp_path / "built", trust_code=True, lr=0.1)
+    with pytest.raises(ValueError, match=r"The rate is the optimizer's, in build; or of the space"):
+        nbtrain.Population("herd", build, members=2, interval=1, space={}, lr=0.1)
+
+
+def test_a_hint_is_of_a_word_that_is_alike(begun: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^There is no argument foo=\. See help\(nbtrain\.Session\)\.$"
+    ):
+        opened(begun, foo=1)
+    run = opened(begun)
+    with pytest.raises(ValueError, match=r"^metric cannot be set\. There are: epochs"):
+        run.set(metric="accuracy")
+    with pytest.raises(ValueError, match=r"Did you mean batch_size\? There"):
+        run.set(batchsize=2)
 
 
 def test_a_change_that_makes_no_sense_changes_nothing(begun: Path) -> None:
