@@ -229,6 +229,15 @@ def test_a_place_below_a_regular_file_is_found_before_the_first_step(tmp_path: P
     assert files(tmp_path) == {"file": b"mine"}
 
 
+def test_checkpoints_that_lie_behind_links_are_no_new_session(begun: Path, tmp_path: Path) -> None:
+    for path in list((begun / "tiny").iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    for open_it in (lambda: opened(begun), lambda: nbtrain.resume("tiny", store=begun)):
+        with pytest.raises(StoreError, match="links are not followed"):
+            open_it()
+
+
 def test_a_place_that_is_read_only_is_found_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, torch.Tensor]
 ) -> None:

@@ -435,6 +435,29 @@ def test_links_inside_the_root_are_not_followed(tmp_path: Path) -> None:
     assert (outside / "id/x").read_text() == "secret"
 
 
+@pytest.mark.parametrize("is_mounted", [True, False])
+def test_a_checkpoint_that_was_moved_and_linked_back_is_not_passed_over(
+    tmp_path: Path, is_mounted: bool
+) -> None:
+    store, home = FolderStore(tmp_path / "root"), tmp_path / "root/cifar/000004-ab12cd"
+    store.write("cifar/000004-ab12cd/manifest.json", b"{}")
+    (tmp_path / "root/cifar/newest").symlink_to(home)  # for the user's own eyes
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "root/cifar/notes").symlink_to(tmp_path / "notes")
+    assert store.list("cifar") == ["cifar/000004-ab12cd/manifest.json"]
+    large = tmp_path / "large disk"
+    home.rename(large)
+    home.symlink_to(large)
+    if not is_mounted:
+        large.rename(tmp_path / "unplugged")
+    with pytest.raises(StoreError, match=r"(?s)000004-ab12cd leads to .* through a link.*store="):
+        store.list("cifar")
+    assert store.list() == []
+    home.unlink()
+    (large if is_mounted else tmp_path / "unplugged").rename(home)
+    assert store.list("cifar") == ["cifar/000004-ab12cd/manifest.json"]
+
+
 def test_a_device_is_no_file(tmp_path: Path) -> None:
     home = tmp_path / "cifar/000004-ab12cd"
     home.mkdir(parents=True)

@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,8 +45,11 @@ class FolderStore:
     def list(self, prefix: str = "") -> Names:
         parts = split_prefix(prefix)
         with explained(f"Listing {prefix or 'everything'}", self.place):
-            folder = self._inside((*parts, MANIFEST)).parent
-            return sorted(_walk(folder, parts))
+            folder, links = self._inside((*parts, MANIFEST)).parent, list[Path]()
+            names = sorted(_walk(folder, parts, links))
+            if parts:
+                self._refuse_moved(links)
+            return names
 
     def read(self, name: str) -> bytes:
         parts = split_name(name)
@@ -84,6 +87,20 @@ class FolderStore:
 
     def _remove(self, path: Path) -> None:
         os.unlink(path)
+
+    def _refuse_moved(self, links: Iterable[Path]) -> None:
+        """Refuse a listing that lacks what somebody has moved elsewhere and linked back."""
+        root = Path(os.path.realpath(self.root))
+        for path in links:
+            target = Path(os.path.realpath(path))
+            # One that leads nowhere may be of a disk that is not mounted today.
+            is_ours = path.name == MANIFEST or (target / MANIFEST).exists() or not target.exists()
+            if is_ours and not target.is_relative_to(root):
+                raise StoreError(
+                    f"{path} leads to {target} through a link, and links are not followed: what lies "
+                    f"there would be missing.\n  in: {self.place}\nNothing was changed. Move it back; "
+                    "or move the whole store, and give store= where it is then."
+                )
 
     def _inside(self, parts: tuple[str, ...]) -> Path:
         """Return the path of these checked parts, or refuse if a link leads elsewhere."""
@@ -156,7 +173,8 @@ _CHUNK_BYTES = 1 << 26  # macOS refuses a single write of 2 GiB
 _STALE_S = 3600.0
 
 
-def _walk(folder: Path, parts: tuple[str, ...]) -> Iterator[str]:
+def _walk(folder: Path, parts: tuple[str, ...], links: list[Path]) -> Iterator[str]:
+    """Give the names of files, and put links, which are not followed, into a list."""
     try:
         entries = os.scandir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -166,10 +184,12 @@ def _walk(folder: Path, parts: tuple[str, ...]) -> Iterator[str]:
             inner = (*parts, entry.name)
             if not is_part(entry.name):
                 continue
-            if entry.is_file(follow_symlinks=False):
+            if entry.is_symlink():
+                links.append(folder / entry.name)
+            elif entry.is_file(follow_symlinks=False):
                 yield "/".join(inner)
             elif len(inner) < 3 and entry.is_dir(follow_symlinks=False):
-                yield from _walk(folder / entry.name, inner)
+                yield from _walk(folder / entry.name, inner, links)
 
 
 def _temp_of(path: Path) -> Path:
