@@ -51,6 +51,7 @@ class Driven(ABC):
         folders = [s.root / name for s in opened.stores if isinstance(s, FolderStore)]
         self._order_files = OrderFiles(folders, self)
         self._interrupts, self._poll = Interrupts(), Poller()
+        self.heard: Callable[[], str | None] = lambda: None  # the signal that came where a cell waits
         self._num_loops = 0
 
     # ---- what a kind of training says of itself
@@ -198,13 +199,18 @@ class Driven(ABC):
                 self.reason = self.reason or "stop"
                 raise
             except BaseException:
-                self.reason = "error"
+                self._fail()
                 raise
             finally:
                 try:
                     self._end()
                 finally:
                     self._let_go()
+
+    def _fail(self) -> None:
+        """Note that an error ends it; after a SIGTERM that is the reason, for it went to workers too."""
+        is_told = "terminate" in (self._interrupts.asked, self.heard())
+        self.reason = "terminate" if is_told else "error"
 
     def _let_go(self) -> None:
         with self._orders.lock:

@@ -169,7 +169,7 @@ class Loop(Driven):
         try:
             yield from self._windows()
         except Exception:
-            self.reason = "error"
+            self._fail()
             raise
 
     def _windows(self) -> Iterator[Any]:

@@ -33,6 +33,7 @@ def wait(loop: Driven, *, watched: bool, show: Callable[[], None] | None = None)
         BaseException: what the training raised.
     """
     pressed = Interrupts(at_once=3, one_press_s=ONE_PRESS_S) if watched else Interrupts()
+    loop.heard = lambda: pressed.asked
     with pressed as interrupts, Poller() as poll:
         if watched and poll.problem:
             loop.lines.say(poll.problem)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_bits, bits, build, in_fresh_process, session
+from runs import Noisy, assert_same_bits, bits, build, in_fresh_process, session
 
 import nbtrain
 from nbtrain import checkpoint, waiting
@@ -310,6 +310,39 @@ def test_a_termination_ends_the_run_and_then_the_process(tmp_path: Path) -> None
     run = endless(tmp_path)
     assert run.step > 0
     assert run._live.stages[0]["ended"] == "terminate"
+
+
+class Ending(Noisy):
+    """Data whose worker ends the whole process group, as `timeout` and a batch system do."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 7:
+            os.killpg(0, signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def ending() -> nbtrain.Task:
+    task = build()
+    task.train = Ending()
+    return task
+
+
+def be_ended_with_the_workers(folder: Path, said: Path, is_own: bool) -> None:
+    os.setsid()  # not the group of the tests
+    run = session(folder, build=ending, num_workers=1)
+    run._loop.lines.say = lambda text: said.open("a").write(text)  # type: ignore[method-assign, assignment]
+    if not is_own:
+        run.run()
+    for batch in run:
+        run.update(run.task.run(batch)[0])
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_termination_that_the_workers_heard_first_is_no_error(tmp_path: Path, is_own: bool) -> None:
+    folder, said = tmp_path / "run", tmp_path / "said"
+    assert in_fresh_process(be_ended_with_the_workers, folder, said, is_own) == -signal.SIGTERM
+    assert "ended by terminate at" in said.read_text() and "Mend it" not in said.read_text()
+    assert session(folder)._live.stages[0]["ended"] == "terminate"
 
 
 def test_the_thread_computes_as_the_cell_would(tmp_path: Path) -> None:
