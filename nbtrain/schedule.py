@@ -10,7 +10,8 @@ another schedule, so the curve of a run is the first schedule folded with its jo
                  0  warmup_epochs     epochs
 
 An edit bends the curve only from there on, and without a jump: what is behind stays behind, a milestone
-too, and what comes begins at the factor that was reached.
+too, and what comes begins at the factor that was reached. Only from a factor of 0, where a decay has
+ended, nothing could begin: there the new curve is taken as if it had been so from its start.
 """
 
 from __future__ import annotations
@@ -188,7 +189,9 @@ class Schedule:
         that has ended stays ended where it did; and one shortened to before now ends now. A decay that
         is going on hands the factor it has reached to the one that takes its place. With other `epochs`
         it spreads what is left of it over the epochs that are left; one that was at its end already
-        takes the new length as if it had been so from its start. A function is what it is, everywhere.
+        takes the new length as if it had been so from its start. So does a decay that takes the place of
+        one whose factor is 0, which would hand over a rate of 0 for ever. A function is what it is,
+        everywhere.
         """
         new = replace(self, **changes)
         if progress <= 0:
@@ -199,7 +202,8 @@ class Schedule:
         if progress <= self.end:
             return new
         if new.decay != self.decay or changes.keys() & MADE_OF.get(new.decay, set()):
-            return replace(new, fall_from=(progress, self.fall(progress), 0.0))
+            factor = self.fall(progress)  # of which a decay is a share: nothing rises from 0
+            return replace(new, fall_from=(progress, factor, 0.0) if factor else None)
         if self.decay in ENDING and new.epochs != self.epochs and progress < (self.epochs or 0):
             top = 1.0 if self.fall_from is None else self.fall_from[1]
             return replace(new, fall_from=(progress, top, self._done(progress)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -292,6 +293,28 @@ def test_a_run_made_longer_after_its_end_trains_on_the_longer_curve() -> None:
     longer = Schedule(epochs=20, decay="cosine").edited(20.0, epochs=40)
     assert longer == Schedule(epochs=40, decay="cosine")
     assert longer(20) == pytest.approx(0.5, abs=1e-15)
+
+
+@pytest.mark.parametrize("at", [20.0, 26.0])
+@pytest.mark.parametrize("other", [*SMOOTH, "constant", "multistep"])
+@pytest.mark.parametrize("ended", ["cosine", "linear", "polynomial"])
+def test_after_a_decay_that_ended_at_zero_another_is_as_if_so_from_its_start(
+    ended: str, other: str, at: float
+) -> None:
+    before = Schedule(epochs=20, warmup_epochs=5, decay=ended)
+    fields: dict[str, Any] = {"floor": 0.1} if other == ended else DECAYING.get(other, {})
+    changes = {"decay": other} | fields | {"epochs": 40}
+    after = before.edited(at, **changes)
+    assert after(at) > 0
+    fresh = replace(before, **changes)
+    assert [after(at + i / 7) for i in range(200)] == [fresh(at + i / 7) for i in range(200)]
+    apart = before.edited(at, epochs=30).edited(at, **changes)
+    assert apart(at) > 0, "and edit by edit"
+
+
+def test_a_decay_that_ended_at_a_floor_hands_it_over() -> None:
+    before = Schedule(epochs=20, decay="cosine", floor=0.01)
+    assert before.edited(20.0, epochs=40, decay="constant")(30) == 0.01
 
 
 def test_a_one_cycle_made_longer_in_its_rise_keeps_what_it_has_reached() -> None:
