@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from pathlib import PurePath
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nbtrain import schedulers
 from nbtrain.errors import TaskError
-from nbtrain.history import COLUMNS
+from nbtrain.naming import TAKEN, check_names, kind_of
 
-TAKEN = (*COLUMNS, "n", "count")
+UNHELD = (torch.complex128, torch.complex32)  # by safetensors
+RETURNS = (
+    "It may return the mean loss, a tensor; (sum of losses, count), in this order; or a dict, "
+    '{"loss": mean, "kl": mean} or {"loss": sum, "count": n, "kl": sum}.'
+)
 METHODS = ("update", "compute", "reset")  # of a metric that keeps count
 
 
@@ -100,14 +105,15 @@ class Task:
         for name, (kind, words) in wanted.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
-                raise TaskError(f"Task({name}=) is a {_kind(value)}. Give {words}.")
+                raise TaskError(f"Task({name}=) is a {kind_of(value)}. Give {words}.")
         for name in ("loss", "step", "collate", "schedule"):
             value = getattr(self, name)
             if not callable(value) and (value is not None or name == "loss"):
-                raise TaskError(f"Task({name}=) is a {_kind(value)}. Give a function.")
+                raise TaskError(f"Task({name}=) is a {kind_of(value)}. Give a function.")
+        if isinstance(self.loss, type):
+            raise TaskError(f"Task(loss=) is a class. Give one of it: {self.loss.__name__}().")
         self._check_metrics()
-        if self.train is None:
-            raise TaskError("Task(train=) is None. Give a data set or a DataLoader.")
+        self._check_data()
         if self.scheduler is not None or self.scheduler_per is not None:
             if self.parts.get("scheduler") is not self.scheduler:
                 raise TaskError('A part is named "scheduler", as Task(scheduler=) is. Rename the part.')
@@ -115,19 +121,14 @@ class Task:
         for name, part in self.parts.items():
             if not isinstance(part, Part):
                 raise TaskError(
-                    f"The part {name!r}, a {_kind(part)}, has no state_dict and load_state_dict. "
+                    f"The part {name!r}, a {kind_of(part)}, has no state_dict and load_state_dict. "
                     "Give it both, or leave it out of parts."
                 )
         self._check_ema()
         if isinstance(self.fresh, str) or not all(isinstance(name, str) for name in self.fresh):
             raise TaskError(f'Task(fresh=) is {self.fresh!r}. Give a list of names: ["head.*"].')
-        known = {id(p) for p in self.model.parameters()}
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not any(id(p) in known for p in held):
-            raise TaskError(
-                "The optimizer holds none of the model's parameters. "
-                "Make it from this model: torch.optim.SGD(model.parameters(), lr=...)."
-            )
+        self._check_model()
+        self._check_optimizer()
         return self
 
     @property
@@ -150,7 +151,66 @@ class Task:
         """Return what is logged by name, of what `run` gave last."""
         return output if self.step is not None and output is not None else {}
 
+    def _check_data(self) -> None:
+        for name in ("train", "valid"):
+            value = getattr(self, name)
+            if isinstance(value, (str, PurePath)):
+                raise TaskError(
+                    f"Task({name}=) is a path, {str(value)!r}. Give a data set that reads it: "
+                    f"torchvision.datasets.ImageFolder({str(value)!r}, transform=...), say."
+                )
+        if self.train is None:
+            raise TaskError("Task(train=) is None. Give a data set or a DataLoader.")
+
+    def _check_model(self) -> None:
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if is_lazy(value):
+                raise TaskError(
+                    f"The model's {name!r} has no shape yet: its module is a lazy one. "
+                    "Run one batch through the model in build, before anything else is made of it."
+                )
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, Tensor) and value.dtype in UNHELD:
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise TaskError(
+                    f"The model's {name!r} is {dtype}, which a checkpoint cannot hold: safetensors has "
+                    "no such type. Make it complex64; or keep it as torch.view_as_real(...) and let "
+                    "forward compute with torch.view_as_complex(...) of that."
+                )
+
+    def _check_optimizer(self) -> None:
+        known = {id(p) for p in self.model.parameters()}
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in known for p in held):
+            raise TaskError(
+                "The optimizer holds none of the model's parameters. "
+                "Make it from this model: torch.optim.SGD(model.parameters(), lr=...)."
+            )
+        closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TaskError(
+                f"The optimizer, a {kind_of(self.optimizer)}, wants a closure: it computes the loss "
+                "anew within its step, which a window of batches is not made for. Take one that steps "
+                "without, such as torch.optim.AdamW."
+            )
+        strangers = [p for p in held if id(p) not in known]
+        if strangers:  # a part may not be a module, so its tensors are known by where they lie
+            kept = {t.data_ptr() for part in self.parts.values() for t in _tensors(part.state_dict())}
+            for p in strangers:
+                if p.data_ptr() not in kept:
+                    raise TaskError(
+                        f"The optimizer holds a parameter of shape {tuple(p.shape)} that neither the "
+                        "model nor a part has: it would be trained and not saved. Put it into the "
+                        'model, or give its module as a part: Task(parts={"head": module}).'
+                    )
+
     def _check_metrics(self) -> None:
+        if self.metrics and self.step is not None:
+            named = ", ".join(f'"{name}": ...' for name in self.metrics)
+            raise TaskError(
+                "Task(metrics=) are of the model's output, which a step= keeps to itself. "
+                f'Return them from step by name: {{"loss": ..., {named}}}.'
+            )
         if taken := {"valid_loss", *TAKEN} & self.metrics.keys():
             raise TaskError(f"The metric {min(taken)!r} has a name of the history's own. Rename it.")
         for name, metric in self.metrics.items():
@@ -158,7 +218,7 @@ class Task:
                 raise TaskError(f"The metric {name!r} is a class. Give one of it: {metric.__name__}().")
             if not (callable(metric) or all(hasattr(metric, method) for method in METHODS)):
                 raise TaskError(
-                    f"The metric {name!r} is a {_kind(metric)}. Give a function of (output, target), "
+                    f"The metric {name!r} is a {kind_of(metric)}. Give a function of (output, target), "
                     f"or an object with {', '.join(METHODS)}."
                 )
 
@@ -170,7 +230,7 @@ class Task:
         inner = getattr(ema, "module", None)
         if not (isinstance(ema, nn.Module) and isinstance(inner, nn.Module) and updates):
             raise TaskError(
-                f"Task(ema=) is a {_kind(ema)}. Give torch.optim.swa_utils.AveragedModel(model, ...) "
+                f"Task(ema=) is a {kind_of(ema)}. Give torch.optim.swa_utils.AveragedModel(model, ...) "
                 "or timm.utils.ModelEmaV3(model, ...)."
             )
         if getattr(ema, "device", None) is not None:
@@ -200,19 +260,38 @@ class Task:
     def run(self, batch: Any) -> tuple[Tensor, float | None, Any]:
         """Return (mean loss, what it was the mean of or None for samples, model output or None).
 
-        With `step` the last is what it gives besides the loss, by name, as means.
+        With `step` the last is what it gives besides the loss, by name, as means. Of a count of 0,
+        which only a validation may give, it is what step gave, to weigh nothing.
+
+        Raises:
+            TaskError: step returned something else than it may; or a loss to train has no gradient.
         """
         if self.step is not None:
-            result = self.step(self.model, batch)
-            if isinstance(result, Mapping):
-                return _read(result)
-            if isinstance(result, tuple):
-                total, count = result
-                return total / count, float(count), None
-            return result, None, None
-        x, target = batch
-        output = self.model(x)
-        return self.loss(output, target), None, output
+            found = _read(self.step(self.model, batch))
+        else:
+            x, target = batch
+            output = self.model(x)
+            found = self.loss(output, target), None, output
+        if torch.is_grad_enabled() and isinstance(found[0], Tensor) and not found[0].requires_grad:
+            self.refuse_frozen()
+            raise TaskError("The loss has no gradient. Let it be of the model's output, not detached.")
+        return found
+
+    def refuse_frozen(self) -> None:
+        """Refuse a model of which nothing can be trained.
+
+        Raises:
+            TaskError: names parameters that are frozen.
+        """
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if any(p.requires_grad for p in (*self.model.parameters(), *held)):
+            return
+        names = [name for name, _ in self.model.named_parameters()]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise TaskError(
+            f"The loss has no gradient, because all parameters are frozen: {shown}. "
+            f"Unfreeze what shall be trained: model.get_parameter({names[-1]!r}).requires_grad_(True)."
+        )
 
 
 def call(build: Callable[[], Any]) -> Task:
@@ -234,64 +313,59 @@ def call(build: Callable[[], Any]) -> Task:
     task = build()
     if not isinstance(task, Task):
         raise TaskError(
-            f"build returned a {_kind(task)}. "
+            f"build returned a {kind_of(task)}. "
             "Let it return nbtrain.Task(model=..., optimizer=..., train=...)."
         )
     return task.check()
 
 
-def _read(found: Mapping[str, Any]) -> tuple[Tensor, float | None, dict[str, Any]]:
-    if "loss" not in found:
-        raise TaskError(
-            f'step returned a dict without "loss": {", ".join(map(str, found)) or "an empty one"}. '
-            'Give {"loss": mean, ...}, or {"loss": sum, "count": n, ...}.'
-        )
-    named = {name: value for name, value in found.items() if name not in ("loss", "count")}
-    check_names(named)
-    count = found.get("count")
-    if count is None:
-        return found["loss"], None, named
-    return found["loss"] / count, float(count), {n: value / count for n, value in named.items()}
+def _read(found: Any) -> tuple[Tensor, float | None, Any]:
+    """Return what `run` does of what step returned."""
+    count: Any = None
+    named: dict[str, Any] | None = None
+    if isinstance(found, Mapping):
+        if "loss" not in found:
+            raise TaskError(
+                f'step returned a dict without "loss": {", ".join(map(str, found)) or "an empty one"}. '
+                'Give {"loss": mean, ...}, or {"loss": sum, "count": n, ...}.'
+            )
+        named = {name: value for name, value in found.items() if name not in ("loss", "count")}
+        check_names(named)
+        loss, count = found["loss"], found.get("count")
+    elif isinstance(found, tuple) and len(found) == 2:
+        loss, count = found
+        if count is None:
+            raise TaskError(f"step returned (loss, None). {RETURNS}")
+    else:
+        loss = found
+    n = None if count is None else _count(count)
+    if not isinstance(loss, Tensor):
+        kind = f"a tuple of {len(loss)}" if isinstance(loss, tuple) else kind_of(loss)
+        raise TaskError(f"step returned {kind} as its loss. {RETURNS}")
+    if n:
+        loss = loss / count
+        named = None if named is None else {name: value / count for name, value in named.items()}
+    return loss, n, named
 
 
-def check_names(named: Mapping[str, Any]) -> None:
-    """Refuse what cannot be logged by its name.
-
-    Raises:
-        TaskError: says which, and why.
-    """
-    for name, value in named.items():
-        _refuse_taken(name)
-        if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
-            raise TaskError(f"{name!r} is a {_kind(value)}. Give a number, or a tensor of one.")
-
-
-def as_logged(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a user logs as plain numbers.
-
-    Raises:
-        TaskError: says which is none, or has a name that is taken.
-    """
-    found = {}
-    for name, value in metrics.items():
-        _refuse_taken(name)
-        is_large = getattr(value, "ndim", 0) and math.prod(value.shape) != 1
-        if is_large or not hasattr(value, "__float__"):
-            raise TaskError(f"{name}={shown(value)} cannot be logged. Give a number: log({name}=0.5).")
-        found[name] = float(value)
-    return found
+def _count(count: Any) -> float:
+    """Return what a sum of losses is over, as a number."""
+    if isinstance(count, Tensor) and count.requires_grad:
+        said = "has a gradient, as a loss or an output has"
+    elif not (isinstance(count, Real) or (isinstance(count, Tensor) and count.numel() == 1)):
+        shape = f" of shape {tuple(count.shape)}" if isinstance(count, Tensor) else ""
+        said = f"is no number, but a {kind_of(count)}{shape}"
+    elif not (n := float(count)) >= 0 or (torch.is_grad_enabled() and not n):
+        said = f"is {n:g}, and must be above 0"
+    else:
+        return n
+    raise TaskError(f"step returned a count that {said}. {RETURNS}")
 
 
-def shown(value: Any) -> str:
-    """Write a value that is not what it should be; of a whole tensor its shape."""
-    is_large = isinstance(value, Tensor) and value.numel() > 1
-    return f"a tensor of shape {tuple(value.shape)}" if is_large else repr(value)
-
-
-def _refuse_taken(name: Any) -> None:
-    if not isinstance(name, str) or name in TAKEN:
-        raise TaskError(f"{name!r} cannot be logged: the history has it. Take another name.")
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Give the tensors of a state_dict."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _tensors(value)

@@ -13,6 +13,7 @@ from torch import nn
 import nbtrain
 from nbtrain.errors import TaskError
 from nbtrain.task import call
+from runs import Noisy, assert_same_bits, bits, session
 
 
 def task(**fields: Any) -> nbtrain.Task:
@@ -60,6 +61,27 @@ def stranger() -> torch.optim.Optimizer:
             r"'f1' is a types.SimpleNamespace.*with update, compute, reset",
         ),
         ({"metrics": {"f1": Path}}, r"The metric 'f1' is a class. Give one of it: Path\(\)"),
+        (
+            {"metrics": {"f1": max}, "step": max},
+            r'a step= keeps to itself. Return them from step by name: \{"loss": ..., "f1": ...\}',
+        ),
+        (
+            {"loss": nn.CrossEntropyLoss},
+            r"Task\(loss=\) is a class. Give one of it: CrossEntropyLoss\(\)",
+        ),
+        (
+            {"train": "data/train"},
+            r"Task\(train=\) is a path, 'data/train'. Give a data set that reads",
+        ),
+        ({"valid": Path("data")}, r"Task\(valid=\) is a path, 'data'. Give a data set.*ImageFolder"),
+        (
+            {"model": nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))},
+            r"The model's '1.weight' has no shape yet.*Run one batch through the model in build",
+        ),
+        (
+            {"model": nn.Linear(2, 3, dtype=torch.complex128)},
+            r"The model's 'weight' is complex128, which a checkpoint cannot hold.*Make it complex64",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_what_it_should_be(fields: dict[str, Any], message: str) -> None:
@@ -75,6 +97,73 @@ def test_a_right_task_is_given_back_as_it_is() -> None:
 def test_an_optimizer_over_some_of_the_parameters_will_do() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     task(model=model, optimizer=torch.optim.SGD(model[1].parameters(), lr=0.1)).check()
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused() -> None:
+    model = nn.Linear(2, 3)
+    with pytest.raises(TaskError, match="a torch.optim.lbfgs.LBFGS, wants a closure.*AdamW"):
+        task(model=model, optimizer=torch.optim.LBFGS(model.parameters())).check()
+
+
+class Margin(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output @ self.weight.T, target)
+
+
+class Kept:
+    """A part that is no module."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"all": {"of them": list(self.tensors)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for mine, saved in zip(self.tensors, state["all"]["of them"], strict=True):
+            mine.data.copy_(saved)
+
+
+def test_a_parameter_that_is_trained_and_would_not_be_saved_is_refused() -> None:
+    model, loss, scale = nn.Linear(2, 2), Margin(), torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters(), scale], lr=0.1)
+    fields: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss": loss}
+    words = r"a parameter of shape \({}\) that neither.*not saved. Put it into the model, or"
+    with pytest.raises(TaskError, match=words.format("3, 2")):
+        task(**fields).check()
+    with pytest.raises(TaskError, match=words.format("1,")):
+        task(**fields, parts={"margin": loss, "other": nn.Linear(2, 3)}).check()
+    task(**fields, parts={"margin": loss, "scale": Kept(scale)}).check()
+
+
+def test_a_complex_model_that_can_be_saved_will_do() -> None:
+    task(model=nn.Linear(2, 3, dtype=torch.complex64)).check()
+
+
+def test_a_loss_that_learns_is_a_part_and_resumes_exactly(tmp_path: Path) -> None:
+    def build() -> nbtrain.Task:
+        model, loss = nn.Linear(6, 2), Margin()
+        optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], lr=0.05)
+        parts = {"margin": loss}
+        return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), loss=loss, parts=parts)
+
+    whole = session(tmp_path / "whole", build=build)
+    whole.run()
+    cut = session(tmp_path / "cut", build=build)
+    for count, (x, y) in enumerate(cut):
+        cut.update(cut.task.loss(cut.task.model(x), y))
+        if count == 10:
+            cut.stop()
+    again = session(tmp_path / "cut", build=build)
+    assert 0 < again.step < whole.step
+    again.run()
+    assert_same_bits(bits(again), bits(whole))
 
 
 def test_build_is_called_once_and_its_task_checked() -> None:
