@@ -189,9 +189,8 @@ class Schedule:
         that has ended stays ended where it did; and one shortened to before now ends now. A decay that
         is going on hands the factor it has reached to the one that takes its place. With other `epochs`
         it spreads what is left of it over the epochs that are left; one that was at its end already
-        takes the new length as if it had been so from its start. So does a decay that takes the place of
-        one whose factor is 0, which would hand over a rate of 0 for ever. A function is what it is,
-        everywhere.
+        takes the new length as if it had been so from its start. So does a decay that follows a factor
+        of 0, which would otherwise stay 0 for ever. A function is what it is, everywhere.
         """
         new = replace(self, **changes)
         if progress <= 0:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Noisy, assert_same_bits, bits, session
 from torch import nn
 
 import nbtrain
 from nbtrain.errors import TaskError
 from nbtrain.task import call
-from runs import Noisy, assert_same_bits, bits, session
 
 
 def task(**fields: Any) -> nbtrain.Task:
@@ -101,7 +101,7 @@ def test_an_optimizer_over_some_of_the_parameters_will_do() -> None:
 
 def test_an_optimizer_that_wants_a_closure_is_refused() -> None:
     model = nn.Linear(2, 3)
-    with pytest.raises(TaskError, match="a torch.optim.lbfgs.LBFGS, wants a closure.*AdamW"):
+    with pytest.raises(TaskError, match=r"a torch.optim.lbfgs.LBFGS, wants a closure.*AdamW"):
         task(model=model, optimizer=torch.optim.LBFGS(model.parameters())).check()
 
 
