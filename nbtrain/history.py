@@ -30,7 +30,8 @@ class History:
 
     What a step logs by name has a column too, of the means over its window.
 
-    Units: progress in epochs, seconds of training over all stages; loss is the window's mean.
+    Units: progress in epochs, seconds of training over all stages; loss is the window's mean, and at
+    an epoch's end train_loss the mean over the epoch.
     """
 
     def __init__(self) -> None:

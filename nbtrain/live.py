@@ -63,7 +63,7 @@ class Live:
         self.scaler, self.judging = forward.new_scaler(), judging
         self.rooms: dict[str, int] = {}  # by device: samples that a micro-batch has room for
         self._order, self._drop_last, self._clip_norm = order, drop_last, clip_norm
-        self._pending: list[tuple[dict[str, Any], Tensor, dict[str, tuple[Any, float]]]] = []
+        self._pending: list[tuple[dict[str, Any], Tensor, accumulation.Window]] = []
         self._sums: dict[str, tuple[float, float]] = {}  # of this epoch, with their weights
         self._start = parts.Start(task)
         self.num_samples = order.length(0)
@@ -239,7 +239,7 @@ class Live:
         self.position += window.num_samples
         self.window = None
         self.is_torn = False
-        self._pending.append((self._row(lr), loss, window.named))
+        self._pending.append((self._row(lr), loss, window))
 
     def settle(self) -> None:
         """Read the losses off the device, into the history.
@@ -251,15 +251,15 @@ class Live:
             return
         pending, self._pending = self._pending, []
         losses = torch.stack([loss for _, loss, _ in pending]).tolist()
-        for (row, _, named), loss in zip(pending, losses, strict=True):
+        for (row, _, window), loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise self._spoilt(f"The loss is {loss}", row)
-            means = {}
-            for name, (value, n) in named.items():
-                means[name] = float(value) / n
+            means, size = {}, float(window.weight)
+            for name, (value, n) in ({"loss": (loss * size, size)} | window.named).items():
+                means[name] = float(value) / float(n)
                 total, weight = self._sums.get(name, (0.0, 0.0))
-                self._sums[name] = total + float(value), weight + n
-            self.history.add(loss=loss, **row, **means)
+                self._sums[name] = total + float(value), weight + float(n)
+            self.history.add(**row | means | {"loss": loss})
             self.loss = loss
 
     def check(self) -> None:

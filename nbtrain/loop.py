@@ -298,9 +298,12 @@ class Loop(Driven):
         return not self.reason
 
     def _tell(self, at: str, written: dict[str, float], is_validated: bool, num_entries: int) -> None:
-        words_of = ", ".join(f"{name} {number(value)}" for name, value in written.items())
+        loss = number(
+            written.get("train_loss", self.live.loss)
+        )  # the epoch's mean, or the last window's
+        others = [f"{name} {number(value)}" for name, value in written.items() if name != "train_loss"]
         whose = " (of the EMA)" if is_validated and self.live.task.ema is not None else ""
-        self.lines.say(f"{at}: loss {number(self.live.loss)}, {words_of}{whose}".rstrip(", "))
+        self.lines.say(f"{at}: {', '.join([f'loss {loss}', *others])}{whose}")
         for made in self.live.journal.entries[num_entries:]:
             self.lines.say(f"{made.by}: {made.what} {made.old:.3g} -> {made.new:.3g}")
 

@@ -21,6 +21,7 @@ from runs import (
 from torch import nn
 
 import nbtrain
+from nbtrain.bar import number
 from nbtrain.errors import TaskError
 from nbtrain.history import History
 
@@ -85,6 +86,43 @@ def test_means_over_a_window_an_epoch_and_a_validation_count_each_sample_once(
     whole = torch.arange(23) % 3
     if kind == "means":
         assert last["valid_mean"] == pytest.approx(float(whole.double().mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_an_epoch_has_the_mean_loss_of_all_its_windows(tmp_path: Path, kind: str) -> None:
+    run = session(tmp_path, build=BUILDS[kind]).run()
+    rows, out = list(run.history), "\n".join(run.lines)
+    for epoch in range(2):
+        of_epoch = rows[3 * epoch : 3 * epoch + 3]
+        batches = targets(run, epoch)
+        weights = [len(y) if kind == "means" else float(y.sum()) + 1 for y in batches]
+        sizes = [sum(weights[at : at + 3]) for at in (0, 3, 6)]
+        total = sum(row["loss"] * size for row, size in zip(of_epoch, sizes, strict=True))
+        mean = of_epoch[-1]["train_loss"]
+        assert mean == pytest.approx(total / sum(sizes), abs=1e-12)
+        assert f"epoch {epoch + 1}: loss {number(mean)}, " in out
+        assert mean != of_epoch[-1]["loss"] and of_epoch[0]["train_loss"] is None
+    assert "train_loss" not in out
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_a_mean_loss_is_the_same_where_the_epoch_was_cut_in_its_middle(
+    tmp_path: Path, kind: Any
+) -> None:
+    def trained(folder: str, micro_steps: int) -> nbtrain.Session:
+        run = session(tmp_path / folder)
+        for count, batch in enumerate(run):
+            loss, _, _ = run.task.run(batch)
+            run.update(loss, n=kind(len(batch[1])))
+            if count == micro_steps:
+                run.stop()
+        return run
+
+    whole = trained("whole", 100)
+    assert 0 < trained("cut", 4).progress < 1
+    again = trained("cut", 100)
+    assert again.history["train_loss"] == whole.history["train_loss"]
+    assert again.history["train_loss"][2] is not None
 
 
 @pytest.mark.parametrize("kind", BUILDS)

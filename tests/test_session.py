@@ -296,7 +296,8 @@ def test_what_is_no_number_or_the_history_has_is_not_logged(
 def test_history_opens_as_a_pandas_frame_with_the_promised_columns(tmp_path: Path) -> None:
     run = session(tmp_path).run()
     frame = pandas.DataFrame(run.history)
-    expected = ["stage", "epoch", "step", "progress", "loss", "lr", "valid_loss", "seconds"]
+    expected = ["stage", "epoch", "step", "progress", "loss", "lr"]
+    expected += ["train_loss", "valid_loss", "seconds"]
     assert list(frame.columns) == expected
     assert list(frame["step"]) == [1, 2, 3, 4, 5, 6]
     assert frame["progress"].iloc[-1] == 2.0
