@@ -7,6 +7,7 @@ object begins empty in each validation, so that nothing of it has to be saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -39,7 +40,7 @@ class Measuring:
             metric.reset()
 
     def add(self, name: str, mean: Any, n: float) -> None:
-        """Add a batch's mean over n."""
+        """Add a batch's mean over n; over 0 it weighs nothing, whatever it is."""
         self._sums.setdefault(name, []).append((mean, n))
 
     def see(self, output: Any, target: Any, num_samples: int) -> None:
@@ -55,10 +56,11 @@ class Measuring:
         Raises:
             TaskError: a metric gave something that is no number.
         """
-        means = {
-            name: sum(float(value) * n for value, n in found) / sum(n for _, n in found)
-            for name, found in self._sums.items()
-        }
+        means = {}
+        for name, found in self._sums.items():
+            weight = sum(n for _, n in found)  # of 0 there is no mean
+            total = sum(float(value) * n for value, n in found if n)
+            means[name] = total / weight if weight else math.nan
         for name, metric in self._counting.items():
             value = metric.compute()
             if isinstance(value, Mapping):

@@ -1,7 +1,8 @@
 """The mean loss and metrics over the validation data, leaving training as it was.
 
-Each sample counts once, also in a ragged last batch. The model is put into eval mode and each of its
-modules back into the mode it was in; randomness is keyed, so a validation done again gives the same.
+Each sample counts once, also in a ragged last batch; a batch of which a step counts nothing weighs
+nothing. The model is put into eval mode and each of its modules back into the mode it was in; randomness
+is keyed, so a validation done again gives the same.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def validate(
                 randomness.seed(seed, "valid", number)
                 batch = forward.moved(batch)
                 loss, count, output = forward.run(task, batch)
-                measuring.add("valid_loss", loss, count or num_samples)
+                n = num_samples if count is None else count
+                measuring.add("valid_loss", loss, n)
                 for name, value in task.named(output).items():
-                    measuring.add(f"valid_{name}", value, count or num_samples)
+                    measuring.add(f"valid_{name}", value, n)
                 if task.step is None:
                     measuring.see(forward.read(output), batch[1], num_samples)
                 number += 1

@@ -84,6 +84,30 @@ def test_a_step_that_counts_tokens_is_averaged_over_tokens() -> None:
     assert measured(whole) == {"valid_loss": pytest.approx(float(total / num_tokens), abs=1e-14)}
 
 
+@pytest.mark.parametrize("kind", ["sums", "named", "numbers"])
+def test_a_batch_of_which_nothing_is_counted_weighs_nothing(kind: str) -> None:
+    def step(model: nn.Module, batch: Any) -> Any:
+        x, y = batch
+        kept = y > y.max() if y.min() == 0 else y >= 0  # of some batches none
+        total, count = x[kept, 0].sum(), kept.sum()
+        if kind == "sums":
+            return total, count
+        if kind == "named":
+            return {"loss": total, "count": count, "kl": 2.0 * total}
+        return {"loss": total, "count": int(count), "kl": 2.0 * float(total)}
+
+    whole = task(step=step)
+    total, count = 0.0, 0
+    for at in range(0, len(whole.valid), BATCH):
+        batch = whole.valid[at : at + BATCH]
+        if batch[1].min() > 0:
+            total, count = total + float(batch[0][:, 0].sum()), count + len(batch[1])
+    assert 0 < count < len(whole.valid)
+    found = measured(whole)
+    assert found["valid_loss"] == pytest.approx(total / count, abs=1e-6)
+    assert found.get("valid_kl", 2 * total / count) == pytest.approx(2 * total / count, abs=1e-6)
+
+
 def test_every_module_goes_back_into_its_own_mode() -> None:
     whole = task()
     whole.model.train()
