@@ -237,9 +237,11 @@ class Session(Facts):
         Raises:
             SessionError: there is no batch that waits for its loss.
             ValueError: the loss has no gradient, is no scalar, or n is not above 0.
-            TaskError: what is named is no number, or has a name that is taken.
+            TaskError: all parameters are frozen; or what is named is no number, or its name is taken.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            if isinstance(loss, Tensor):
+                self.task.refuse_frozen()
             raise ValueError(
                 f"loss={shown(loss)} is no scalar with a gradient. "
                 "Give the mean over the batch, not detached and not .item()."

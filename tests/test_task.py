@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,3 +228,51 @@ def test_a_step_may_give_a_sum_and_what_it_counts(count: Any) -> None:
     loss, n, _ = own.run(batch)
     assert torch.equal(loss, own.model(batch).sum() / 7)
     assert n == 7.0 and type(n) is float
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda out: (out.numel(), out.sum()), "count that has a gradient, as a loss or an output has"),
+        (lambda out: (out.sum(), out), "count that has a gradient"),
+        (lambda out: (out.sum(), out.detach()), r"is no number, but a torch.Tensor of shape \(4, 3\)"),
+        (lambda out: (out.sum(), "4"), "is no number, but a builtins.str"),
+        (lambda out: (out.sum(), None), r"step returned \(loss, None\)"),
+        (lambda out: (out.sum(), 0), "is 0, and must be above 0"),
+        (lambda out: (out.sum(), -2.0), "is -2, and must be above 0"),
+        (lambda out: (out.sum(), torch.tensor(math.nan)), "is nan, and must be above 0"),
+        (lambda out: {"loss": out.sum(), "count": out.sum()}, "count that has a gradient"),
+        (lambda out: {"loss": out.sum(), "count": 0, "kl": 1.0}, "is 0, and must be above 0"),
+        (lambda out: (out.sum(), out, 4), "step returned a tuple of 3 as its loss"),
+        (lambda out: (3.0, 4), "step returned builtins.float as its loss"),
+        (lambda out: None, "step returned None as its loss"),
+        (lambda out: {"loss": 3.0}, "step returned builtins.float as its loss"),
+    ],
+)
+def test_what_step_must_not_return_is_refused_with_what_it_may(gives: Any, message: str) -> None:
+    own = task(step=lambda model, batch: gives(model(batch)))
+    with pytest.raises(TaskError, match=message + r".* It may return the mean loss.*, in this order"):
+        own.run(torch.ones(4, 2))
+
+
+def test_a_loss_without_a_gradient_is_told_why() -> None:
+    own = task(step=lambda model, batch: model(batch).mean())
+    detached = task(model=own.model, step=lambda model, batch: model(batch).detach().mean())
+    with pytest.raises(TaskError, match=r"The loss has no gradient. Let it be of the model's output"):
+        detached.run(torch.ones(4, 2))
+    with torch.no_grad():
+        detached.run(torch.ones(4, 2))
+    own.model.requires_grad_(False)
+    frozen = r"because all parameters are frozen: weight, bias. Unfreeze"
+    with pytest.raises(TaskError, match=frozen):
+        own.run(torch.ones(4, 2))
+
+
+def test_a_frozen_model_is_told_in_a_loop_of_ones_own_too(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    for x, y in run:
+        run.task.model.requires_grad_(False)
+        loss = nn.functional.cross_entropy(run.task.model(x), y)
+        with pytest.raises(TaskError, match=r"frozen: 0.weight, 0.bias, 1.weight and 3 more. Unfr"):
+            run.update(loss)
+        break
