@@ -1,8 +1,8 @@
 """The mean loss and metrics over the validation data, leaving training as it was.
 
 Each sample counts once, also in a ragged last batch; a batch of which a step counts nothing weighs
-nothing. The model is put into eval mode and each of its modules back into the mode it was in; randomness
-is keyed, so a validation done again gives the same.
+nothing. The model is put into eval mode and each of its modules back into the mode it was in;
+randomness is keyed, so a validation done again gives the same.
 """
 
 from __future__ import annotations
