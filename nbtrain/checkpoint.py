@@ -3,13 +3,13 @@
 A checkpoint is a folder in a session's folder::
 
     cifar/000004-9f31c2/
-        model.safetensors     the model's state_dict: loads with safetensors alone
-        parts.safetensors     tensors of the optimizer, the history, and the user's parts
+        model.safetensors     the model's state_dict, a tied weight under its first name
+        parts.safetensors     tensors of the optimizer, the EMA, the history, and the user's parts
         state.json            the trees those tensors hang on, and the session's own counters
         recipe.py             the source that `build` needs
         manifest.json         sizes and hashes of the above, and of itself: written last
 
-Parameters that stand still lie beside it, once for all checkpoints (see `frozen`).
+Parameters that stand still lie beside it, once for all (see `frozen`): state_dict is the two together.
 
 It exists if and only if its manifest does. Numbers count commits, and the newest commit is the one to
 go on from, whatever its step. Loading verifies every hash, runs no code, and falls back to the commit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from runs import (
     session,
 )
 from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Subset
 
 import nbtrain
 from nbtrain import CheckpointError, StoreError, checkpoint, frozen
@@ -254,3 +258,54 @@ def test_a_checkpoint_without_anything_frozen_is_as_it_always_was(tmp_path: Path
     assert files(tmp_path) == [] and bits(run)
     newest = checkpoint.find([FolderStore(tmp_path)], "tiny")[0]
     assert b'"nbtrain/1"' in FolderStore(tmp_path).read(newest.path("manifest.json"))
+
+
+def tied_and_averaged() -> nbtrain.Task:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model[0].requires_grad_(False)
+    model[2].weight = model[1].weight
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    return nbtrain.Task(model=model, optimizer=optimizer, train=Noisy(), valid=Noisy(), ema=ema)
+
+
+def test_the_weights_are_there_without_nbtrain_as_the_readme_says(tmp_path: Path) -> None:
+    run = session(tmp_path / "store", build=tied_and_averaged).run()
+    folder = max((tmp_path / "store" / "tiny").glob("*/manifest.json")).parent
+    shared = [n for n in json.loads((folder / "manifest.json").read_text())["files"] if "frozen" in n]
+    found = load_file(folder / "model.safetensors") | load_file(folder.parent / shared[0])
+    state = run.task.model.state_dict()
+    assert state.keys() - found.keys() == {"2.weight"}, "which is 1.weight"
+    assert all(torch.equal(state[name], value) for name, value in found.items())
+    parts = load_file(folder / "parts.safetensors")
+    assert run.task.ema is not None
+    for name, value in run.task.ema.module.state_dict().items():
+        assert torch.equal(parts[f"ema/module.{name}"], value)
+    best = run.best()
+    torch.save(best.state_dict(), tmp_path / "best.pt")
+    save_model(best, str(tmp_path / "best.safetensors"))
+    for name, value in torch.load(tmp_path / "best.pt", map_location="cpu").items():
+        assert torch.equal(value, best.state_dict()[name])
+    assert not load_file(tmp_path / "best.safetensors").keys() - best.state_dict().keys()
+
+
+k = 0  # as a loop in a cell has it
+
+
+def test_one_session_a_fold_resumes_as_its_own_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        monkeypatch.setattr(sys.modules[__name__], "k", number)
+
+        def build_fold(fold: int = k) -> nbtrain.Task:
+            task = backbone()
+            task.valid = Subset(task.train, range(fold, len(task.train), 2))
+            return task
+
+        nbtrain.Session(
+            f"fold-{k}", build_fold, store=tmp_path, epochs=1, batch_size=8, bar=False, num_workers=0
+        ).run()
+    for number in range(2):
+        again = nbtrain.resume(f"fold-{number}", store=tmp_path, trust_code=True)
+        assert list(again.task.valid.indices)[:2] == [number, number + 2]
