@@ -348,7 +348,7 @@ def iterate(run: nbtrain.Session) -> Any:
 
 def short_member(lr: float = 0.1, momentum: float = 0.9) -> nbtrain.Task:
     task = test_member.build(lr, momentum)
-    task.train, task.step, task.metrics = Told(), Short(2, Count()), {}  # which step has for itself
+    task.train, task.step, task.metrics = Told(), Short(2, Count()), {}  # its step is all
     return task
 
 
