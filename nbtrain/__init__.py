@@ -53,6 +53,7 @@ The map, from the call site down; a module imports only what stands below it::
     recipe       the source that `build` needs; source writes one value of it
     forward      how a batch becomes a loss
     task         what `build` returns
+    naming       what may be logged by which name
     data         the samples in their order, from any position on
     samples      which samples, in which order; samplers
     stream       a data set that is iterated

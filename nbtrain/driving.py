@@ -199,7 +199,7 @@ class Driven(ABC):
                 self.reason = self.reason or "stop"
                 raise
             except BaseException:
-                self._fail()
+                self._note_error()
                 raise
             finally:
                 try:
@@ -207,8 +207,8 @@ class Driven(ABC):
                 finally:
                     self._let_go()
 
-    def _fail(self) -> None:
-        """Note that an error ends it; after a SIGTERM that is the reason, for it went to workers too."""
+    def _note_error(self) -> None:
+        """Note that an error ends it; after a SIGTERM that is the reason: workers had it too."""
         is_told = "terminate" in (self._interrupts.asked, self.heard())
         self.reason = "terminate" if is_told else "error"
 

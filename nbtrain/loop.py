@@ -169,7 +169,7 @@ class Loop(Driven):
         try:
             yield from self._windows()
         except Exception:
-            self._fail()
+            self._note_error()
             raise
 
     def _windows(self) -> Iterator[Any]:

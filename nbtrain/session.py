@@ -35,9 +35,10 @@ from nbtrain.errors import SessionError
 from nbtrain.facts import Facts
 from nbtrain.finding import RangeTest
 from nbtrain.loop import Loop
+from nbtrain.naming import as_logged, check_names, shown
 from nbtrain.opening import Opened
 from nbtrain.rehearsal import Rehearsal
-from nbtrain.task import Task, as_logged, check_names, shown
+from nbtrain.task import Task
 
 
 class Session(Facts):

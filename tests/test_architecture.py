@@ -20,7 +20,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_NAMES = 400, 50, 20
 FLOORS = (
     "errors",
     "accumulation budget grades history host interrupts judging memory orders randomness schedule",
-    "schedulers source space stores scales",
+    "naming schedulers source space stores scales",
     "evidence evolution frozen poll stream task thread trees",
     "bar checkpoint journal lines metrics parking parts recipe frames samples table",
     "data",
