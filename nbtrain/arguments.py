@@ -23,6 +23,10 @@ ARGUMENTS = (
 )
 SPEED = {"precision": "fp32", "channels_last": False, "compile": False, "tf32": None}
 SHARED = SPEED | dict.fromkeys((*OPTIONS, "plateau_patience"))  # by all members of a population
+OF_POPULATION = (
+    *("members", "interval", "space", "quantile", "mode", "factors", "resample"),
+    *("engine", "resources"),
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -83,7 +87,7 @@ def shared(given: dict[str, Any]) -> dict[str, Any]:
         if name in ARGUMENTS:
             raise ValueError(f"{name}= is an argument of Session alone. Leave it out.")
         rate = "or of the space, where members differ in it"
-        raise _unknown(name, (*ARGUMENTS, "members", "interval", "space"), "Population", rate)
+        raise _unknown(name, (*ARGUMENTS, *OF_POPULATION), "Population", rate)
     return SHARED | given
 
 

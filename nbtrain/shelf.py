@@ -6,8 +6,9 @@ So a checkpoint's facts name the states that it leans on, its own among them::
     "round": 7, "member": 3, "needs": [[6, 1], [6, 4], [7, 0], [7, 3]]
 
 and it can be gone on from if all of these are whole; where one is damaged, an older checkpoint whose
-states all are is used, and what came after it is trained again to the same bits. What is needed is
-never removed; what is not goes, oldest first, before a store holds more than twice the population.
+states all are is used, if there is one, and what came after it is trained again to the same bits.
+What is needed is never removed; what is not goes, oldest first, before a store holds more than twice
+the population. Within that not every state can be there twice: a mirror is the second place.
 
 A part of a slice, saved because time was over, is a checkpoint with "partial": true. It is there until
 the slice is over; where members train at the same time there may be several. A checkpoint without a
