@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from nbtrain import checkpoint, cluster, data, making, opening
 from nbtrain import space as spaces
 from nbtrain.arguments import SPEED
-from nbtrain.checkpoint import Snapshot
+from nbtrain.checkpoint import Manifest, Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
 from nbtrain.evolution import Evolution
 from nbtrain.journal import SETTINGS
@@ -126,13 +126,7 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
     for manifest in manifests:
         if "needs" not in manifest.facts:
             raise SessionError(f"{name!r} is a session. Give the population another name.")
-    try:
-        newest, snapshot, states = newest_whole(manifests)
-    except CheckpointError:
-        # Where nothing is left to train, one damaged state shall not hide the others.
-        newest, snapshot, states = newest_whole(manifests, partly=True)
-        if Table(evolution, epochs, map(Row.from_plain, snapshot.state["rows"])).left:
-            raise
+    newest, snapshot, states = _gone_on_from(manifests, evolution, epochs)
     state = snapshot.state
     for argument in FROZEN:
         there, here = state["arguments"][argument], ground.arguments[argument]
@@ -157,6 +151,19 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
     )
     _try_next(told, maker, Interval.read(ground.arguments["interval"]))
     return told
+
+
+def _gone_on_from(
+    manifests: list[Manifest], evolution: Evolution, epochs: int | None
+) -> tuple[Manifest, Snapshot, dict[Key, Snapshot]]:
+    """Return the newest that is whole; where all is done, one damaged state hides no other."""
+    try:
+        return newest_whole(manifests)
+    except CheckpointError:
+        partly = newest_whole(manifests, partly=True)
+        if Table(evolution, epochs, map(Row.from_plain, partly[1].state["rows"])).left:
+            raise
+        return partly
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
