@@ -133,7 +133,10 @@ class Poller:
             for one in others:
                 ears.register(one, selectors.EVENT_READ)
             if self._works and not self._stream.closed():
-                # Stays readable until it is polled, so that nothing that came before is missed.
+                # Its file is readable once for all that has come, and asking takes that away. So ask:
+                # what lies there already will not wake anybody, and after a "no" the next one will.
+                if self._stream.socket.poll(0):
+                    return
                 ears.register(self._stream.socket.fileno(), selectors.EVENT_READ)
             ears.select(timeout_s)
 

@@ -241,6 +241,24 @@ def test_who_sleeps_is_woken_by_a_click_and_by_nothing_else(kernel: Notebook) ->
     assert 0.15 < kernel.value("slept_s") < 20
 
 
+def test_who_sleeps_is_woken_by_what_came_before_it_lay_down(kernel: Notebook) -> None:
+    """The socket tells once only that there is something: whoever has asked it must read it."""
+    kernel.run("clicks.clear()")
+    cell = kernel.start(
+        "print('waiting', flush=True)\n"
+        "while not os.path.exists('clicked'): time.sleep(0.01)\n"
+        "time.sleep(0.2)\n"
+        "with Poller() as poll:\n"
+        "    began = time.monotonic(); poll.wait(20); poll(); slept_s = time.monotonic() - began"
+    )
+    kernel.click(kernel.ids["button"])
+    (kernel.folder / "clicked").touch()
+    kernel.wait_idle(cell)
+    assert not kernel.of(cell, "error")
+    assert len(kernel.value("clicks")) == 1
+    assert kernel.value("slept_s") < 15
+
+
 def test_a_broken_message_is_left_to_the_kernel(kernel: Notebook) -> None:
     kernel.run("clicks.clear()")
     cell = kernel.start()
