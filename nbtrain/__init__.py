@@ -7,13 +7,7 @@ The map, from the call site down; a module imports only what stands below it::
     session      Session: the story of a run
     facts        what can be read of a session
     auditing     audit: does this code train reproducibly, and if not, where is the hidden randomness
-    population   Population: members that train in turn, and copy the best
-    standing     where one member of it stands
-    engines      the loop of a population whose members train at once, on Ray
-    tuning       tune_trainable: the same task for Ray Tune
-    rounds       the loop of a population
-    storing      when a population is saved
-    founding     a population at its beginning: found, or new and tried out
+    population   Population: members that train in turn, and copy the best; a package with its own map
     status       what is known of a session, as plain values
     rehearsal    would a fresh kernel resume this? tried in a fresh process
     finding      the learning rate range test
@@ -21,32 +15,21 @@ The map, from the call site down; a module imports only what stands below it::
     face         a session as a notebook shows it: the panel, and what stays without a kernel
     loop         windows, boundaries, the ends of epochs
     trial        the first steps of a run, trained for their bits alone
-    cluster      Ray: workers wherever there is room for them
-    worker       slices done in another process
-    member       one member of a population, and its part in one round
-    parking      members that wait leave a device that is full
-    making       what a member is made from
-    shelf        the states of a population in its stores
     keeping      when a run is saved
     driving      how training is started, ordered about and ended
     probe        one window, trained and told as hashes
     opening      from what the user wrote to what is alive
     arguments    what a session may be told, and what of it makes sense
-    replaying    a schedule of hyperparameters, trained by one session
     live         what is alive, and what a window does to it
     reading      a task's data, ready to be read
     saving       snapshots to checkpoints in the background
     checkpoint   parts to store and back: payload first, manifest last
     parts        what is alive, to a snapshot and back
-    plots        the curves; portrait and genealogy of a population; frames and scales draw them
+    plots        the curves; frames and scales draw them
     growth       parameters that come and go between stages
-    ancestry     where a state of a population came from
     journal      the settings in force, and every change of them
     validation   mean loss and metrics, leaving training as it was
     metrics      what a validation gives, batch by batch
-    table        what is known of a population, as rows
-    evolution    from one round's scores to the next round's turns
-    space        where hyperparameters are drawn from
     bar, lines   one progress line, and what a session says
     poll         widget messages, handled while a cell is busy
     stores       where bytes survive
@@ -83,16 +66,16 @@ from nbtrain.errors import (
     StoreError,
     TrustError,
 )
-from nbtrain.space import loguniform, randint, uniform
+from nbtrain.population.space import loguniform, randint, uniform
 
 if TYPE_CHECKING:
     from nbtrain.auditing import audit
-    from nbtrain.population import Population
+    from nbtrain.population.population import Population
+    from nbtrain.population.tuning import tune_trainable
     from nbtrain.randomness import sample_rng
     from nbtrain.resuming import resume
     from nbtrain.session import Session
     from nbtrain.task import Task
-    from nbtrain.tuning import tune_trainable
 
 __all__ = [
     "BudgetError",
@@ -123,12 +106,12 @@ def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for: `%load_ext nbtrain` must answer at once."""
     if name in ("Population", "Session", "Task", "audit", "resume", "sample_rng", "tune_trainable"):
         from nbtrain.auditing import audit
-        from nbtrain.population import Population
+        from nbtrain.population.population import Population
+        from nbtrain.population.tuning import tune_trainable
         from nbtrain.randomness import sample_rng
         from nbtrain.resuming import resume
         from nbtrain.session import Session
         from nbtrain.task import Task
-        from nbtrain.tuning import tune_trainable
 
         # All of them, so that a recipe finds each under this name, whichever was asked for.
         lazy = {"Population": Population, "Session": Session, "Task": Task}

@@ -26,7 +26,6 @@ from nbtrain import (
     parts,
     randomness,
     recipe,
-    replaying,
     schedulers,
     task,
 )
@@ -44,6 +43,7 @@ from nbtrain.forward import Forward, chosen, use_tf32
 from nbtrain.journal import SETTINGS
 from nbtrain.judging import Judging
 from nbtrain.live import Live
+from nbtrain.population import replaying
 from nbtrain.reading import Reading, decay_apart
 from nbtrain.saving import Saver
 from nbtrain.stores import FolderStore, find_store

@@ -9,7 +9,7 @@ from nbtrain import checkpoint, host, judging, opening
 from nbtrain.arguments import ARGUMENTS, check_name
 from nbtrain.checkpoint import Manifest
 from nbtrain.errors import CheckpointError, RecipeError, SessionError, TrustError
-from nbtrain.population import Population
+from nbtrain.population.population import Population
 from nbtrain.recipe import Recipe
 from nbtrain.session import Session
 

@@ -139,7 +139,7 @@ def by_hand(folder: Path) -> float:
 
 def ours(engine: str, folder: Path) -> float:
     import nbtrain
-    from nbtrain.member import Member as Ours
+    from nbtrain.population.member import Member as Ours
 
     def build(lr: float = 0.1, momentum: float = 0.9) -> nbtrain.Task:
         model = net()

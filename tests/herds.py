@@ -10,9 +10,9 @@ from runs import Noisy
 from torch import nn
 
 import nbtrain
-from nbtrain import space as spaces
-from nbtrain.evolution import Evolution
-from nbtrain.table import Row, Table
+from nbtrain.population import space as spaces
+from nbtrain.population.evolution import Evolution
+from nbtrain.population.table import Row, Table
 
 MEMBERS, EPOCHS = 3, 3
 

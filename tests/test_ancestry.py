@@ -8,10 +8,10 @@ import json
 import pytest
 from herds import grown
 
-from nbtrain import ancestry
 from nbtrain.errors import SessionError
-from nbtrain.evolution import Turn
-from nbtrain.table import Row
+from nbtrain.population import ancestry
+from nbtrain.population.evolution import Turn
+from nbtrain.population.table import Row
 
 
 def test_a_chain_leads_from_the_first_round_to_the_state() -> None:

@@ -20,8 +20,8 @@ from torch import nn
 from trials import bits_of, trial
 
 import nbtrain
-from nbtrain.cluster import Cluster, Done
 from nbtrain.errors import NbtrainError, NbtrainWarning
+from nbtrain.population.cluster import Cluster, Done
 
 
 def imported(name: str) -> Any:

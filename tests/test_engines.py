@@ -19,12 +19,13 @@ from herds import EPOCHS, MEMBERS, assert_same_bits, bits, build, population
 from torch import nn
 
 import nbtrain
-from nbtrain import checkpoint, cluster, engines
-from nbtrain.cluster import Done
+from nbtrain import checkpoint
 from nbtrain.errors import DataError, NbtrainError, NbtrainWarning, RecipeError, TaskError
-from nbtrain.evolution import Turn
+from nbtrain.population import cluster, engines
+from nbtrain.population.cluster import Done
+from nbtrain.population.evolution import Turn
+from nbtrain.population.worker import Kit, Worker
 from nbtrain.stores import FolderStore
-from nbtrain.worker import Kit, Worker
 
 
 @pytest.fixture(scope="module")

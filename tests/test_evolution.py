@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nbtrain.evolution import MODES, Evolution, Turn
-from nbtrain.space import loguniform, randint, read, uniform
+from nbtrain.population.evolution import MODES, Evolution, Turn
+from nbtrain.population.space import loguniform, randint, read, uniform
 
 SPACE = read(
     {

@@ -9,9 +9,9 @@ import pytest
 from herds import grown
 from matplotlib.patches import FancyArrowPatch
 
-from nbtrain import ancestry, genealogy
 from nbtrain.frames import ORANGE
-from nbtrain.table import Table
+from nbtrain.population import ancestry, genealogy
+from nbtrain.population.table import Table
 
 
 def drawn(table: Table) -> Any:

@@ -18,7 +18,7 @@ from herds import population as tiny_population
 from nbtrain.errors import SessionError
 from nbtrain.face import members, twin
 from nbtrain.face.herd import HerdPanel, HerdTwin, told
-from nbtrain.portrait import Portrait
+from nbtrain.population.portrait import Portrait
 
 
 class Fake:

@@ -11,13 +11,14 @@ from herds import Noisy, accuracy
 from torch import nn
 
 import nbtrain
-from nbtrain import data, space
+from nbtrain import data
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import DataError, TaskError
-from nbtrain.evolution import Turn
 from nbtrain.journal import SETTINGS
-from nbtrain.making import Maker
-from nbtrain.member import Interval, Member, score_of
+from nbtrain.population import space
+from nbtrain.population.evolution import Turn
+from nbtrain.population.making import Maker
+from nbtrain.population.member import Interval, Member, score_of
 
 CPU = torch.device("cpu")
 SPACE = space.read(

@@ -31,7 +31,7 @@ from nbtrain.errors import (
     TaskError,
     TrustError,
 )
-from nbtrain.rounds import Rounds
+from nbtrain.population.rounds import Rounds
 from nbtrain.stores import FolderStore
 
 
@@ -712,7 +712,7 @@ def test_orders_wait_for_nobody_and_the_members_are_seen_while_it_trains(tmp_pat
 def test_members_that_are_parked_train_the_same(
     whole: nbtrain.Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbtrain.parking import Room
+    from nbtrain.population.parking import Room
 
     monkeypatch.setattr(Room, "is_tight", lambda self: True)
     found = population(tmp_path).run()

@@ -24,7 +24,7 @@ from torch import nn
 
 import nbtrain
 from nbtrain import checkpoint
-from nbtrain.rounds import Rounds
+from nbtrain.population.rounds import Rounds
 from nbtrain.stores import FolderStore
 
 SLICES = 9

@@ -13,9 +13,9 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 
 import nbtrain
-from nbtrain import ancestry, portrait
-from nbtrain.portrait import Portrait
-from nbtrain.table import Table
+from nbtrain.population import ancestry, portrait
+from nbtrain.population.portrait import Portrait
+from nbtrain.population.table import Table
 
 
 def drawn(table: Table) -> Any:

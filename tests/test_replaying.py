@@ -13,9 +13,9 @@ from runs import Noisy
 from torch import nn
 
 import nbtrain
-from nbtrain import replaying
 from nbtrain.errors import CheckpointError, SessionError
-from nbtrain.making import options
+from nbtrain.population import replaying
+from nbtrain.population.making import options
 
 SCHEDULE: list[tuple[float, dict[str, Any]]] = [
     (0.0, {"lr": 0.05, "weight_decay": 0.1, "accumulate": 1}),

@@ -15,7 +15,7 @@ from nbtrain import checkpoint
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, StoreError
-from nbtrain.shelf import Shelf, newest_whole, parts
+from nbtrain.population.shelf import Shelf, newest_whole, parts
 from nbtrain.stores import FolderStore
 from nbtrain.stores.memory import MemoryStore
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import nbtrain
-from nbtrain import space
-from nbtrain.space import Domain, choice, loguniform, randint, uniform
+from nbtrain.population import space
+from nbtrain.population.space import Domain, choice, loguniform, randint, uniform
 
 DOMAINS = [
     uniform(-2.0, 3.0),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 
-from nbtrain.evolution import Evolution
-from nbtrain.space import loguniform
-from nbtrain.table import Key, Row, Table
+from nbtrain.population.evolution import Evolution
+from nbtrain.population.space import loguniform
+from nbtrain.population.table import Key, Row, Table
 
 EPOCHS = 5
 

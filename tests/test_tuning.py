@@ -14,9 +14,10 @@ from torch import nn
 from trials import Tune, bits_of, trial
 
 import nbtrain
-from nbtrain import checkpoint, tuning
+from nbtrain import checkpoint
 from nbtrain.errors import CheckpointError, LossError, RecipeError, SessionError, TaskError
 from nbtrain.journal import Journal
+from nbtrain.population import tuning
 from nbtrain.stores import FolderStore
 
 CONFIG = {"lr": 0.03, "weight_decay": 0.01, "accumulate": 2}

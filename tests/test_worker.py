@@ -11,8 +11,8 @@ from herds import build
 
 from nbtrain import recipe
 from nbtrain.errors import DataError, RecipeError, TaskError
+from nbtrain.population.worker import Kit, Switches, Worker, sendable
 from nbtrain.recipe import Recipe
-from nbtrain.worker import Kit, Switches, Worker, sendable
 
 ARGUMENTS = {"interval": "1 epoch", "seed": 0, "clip_norm": None}
 

@@ -12,7 +12,8 @@ from typing import Any
 from herds import EPOCHS, build, timeless
 
 import nbtrain
-from nbtrain import checkpoint, tuning
+from nbtrain import checkpoint
+from nbtrain.population import tuning
 from nbtrain.stores import FolderStore
 
 

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import ipywidgets as widgets
 
-from nbtrain import portrait
-from nbtrain.evolution import Evolution
 from nbtrain.face import Drawn, markup, members, twin
 from nbtrain.face.board import Board
 from nbtrain.face.markup import Facts, Trained
 from nbtrain.face.twin import Outputs
-from nbtrain.portrait import Portrait
-from nbtrain.table import Row
+from nbtrain.population import portrait
+from nbtrain.population.evolution import Evolution
+from nbtrain.population.portrait import Portrait
+from nbtrain.population.table import Row
 
 
 class Population(Trained, Protocol):

@@ -34,7 +34,7 @@ from nbtrain.magics.said import WORDS, Said, read
 from nbtrain.schedule import DECAYS, WARMUPS
 
 if TYPE_CHECKING:
-    from nbtrain.population import Population
+    from nbtrain.population.population import Population
     from nbtrain.session import Session
 
     Trained: TypeAlias = Session | Population
@@ -260,7 +260,7 @@ def _is_older(value: Any, session: Trained) -> bool:
 
 def _is_herd(trained: Any, name: str = "") -> bool:
     """Tell whether it is a population, of this name if one is given."""
-    room = sys.modules.get("nbtrain.population")
+    room = sys.modules.get("nbtrain.population.population")
     return room is not None and isinstance(trained, room.Population) and name in ("", trained.name)
 
 

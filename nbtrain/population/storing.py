@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
-from nbtrain import founding, parts
+from nbtrain import parts
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import NbtrainError
-from nbtrain.founding import Founded
 from nbtrain.lines import Lines
-from nbtrain.making import Maker
-from nbtrain.member import Member, Taken
 from nbtrain.opening import Ground
-from nbtrain.table import Key, Row
+from nbtrain.population import founding
+from nbtrain.population.founding import Founded
+from nbtrain.population.making import Maker
+from nbtrain.population.member import Member, Taken
+from nbtrain.population.table import Key, Row
 
 NOTHING: Taken = ({}, {}, {})
 

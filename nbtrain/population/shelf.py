@@ -27,9 +27,9 @@ from nbtrain import checkpoint
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Manifest, Snapshot
 from nbtrain.errors import CheckpointError, NbtrainWarning
+from nbtrain.population.table import Key
 from nbtrain.saving import Saved, Saver
 from nbtrain.stores import MANIFEST, Store
-from nbtrain.table import Key
 
 
 class Shelf(Saver):

@@ -24,15 +24,15 @@ import torch
 from nbtrain import checkpoint, randomness, recipe
 from nbtrain.arguments import ARGUMENTS, check, shared
 from nbtrain.checkpoint import Snapshot
-from nbtrain.cluster import package
 from nbtrain.errors import RecipeError
-from nbtrain.evolution import Turn
 from nbtrain.forward import chosen, use_tf32
-from nbtrain.making import Maker
-from nbtrain.member import Interval, Member, Taken
+from nbtrain.population.cluster import package
+from nbtrain.population.evolution import Turn
+from nbtrain.population.making import Maker
+from nbtrain.population.member import Interval, Member, Taken
+from nbtrain.population.table import Row
 from nbtrain.recipe import Recipe
 from nbtrain.stores import FolderStore
-from nbtrain.table import Row
 from nbtrain.task import Task
 
 NAME = "trial"  # of the folder in each checkpoint's

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbtrain.errors import SessionError
-from nbtrain.table import Key, Row
+from nbtrain.population.table import Key, Row
 
 Schedule = list[tuple[float, dict[str, Any]]]  # from this progress on, these hyperparameters
 

@@ -25,8 +25,8 @@ from nbtrain.errors import DataError, TaskError
 from nbtrain.forward import Forward
 from nbtrain.journal import SETTINGS, Journal
 from nbtrain.live import Live
+from nbtrain.population.space import Domain
 from nbtrain.reading import Reading
-from nbtrain.space import Domain
 from nbtrain.task import Task
 
 WHOLE = ("epochs", "milestones")  # settings of the population, and of no member alone

@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
-from nbtrain import ancestry, frames, plots
+from nbtrain import frames, plots
 from nbtrain.bar import number
-from nbtrain.evolution import Evolution
 from nbtrain.frames import BLUE, FAINT, ORANGE, RED, TEXT
+from nbtrain.population import ancestry
+from nbtrain.population.evolution import Evolution
+from nbtrain.population.table import Row
 from nbtrain.scales import Scale
-from nbtrain.table import Row
 
 WIDTH_IN, ROW_IN, HEAD_IN, FOOT_IN, MAX_ROWS_IN = 7.0, 0.36, 0.5, 0.46, 9.0
 LEFT, RIGHT = 0.06, 0.875  # behind it stand the last scores

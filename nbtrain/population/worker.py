@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from nbtrain import randomness
-from nbtrain import space as spaces
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import LossError, NbtrainError, TaskError
-from nbtrain.evolution import Turn
-from nbtrain.making import Maker
-from nbtrain.member import NOT_ITS_FAULT, Interval, Member, why
+from nbtrain.population import space as spaces
+from nbtrain.population.evolution import Turn
+from nbtrain.population.making import Maker
+from nbtrain.population.member import NOT_ITS_FAULT, Interval, Member, why
+from nbtrain.population.table import Row
 from nbtrain.recipe import Recipe
-from nbtrain.table import Row
 from nbtrain.thread import Settings
 
 PLAIN = (str, bytes, int, float, type(None))

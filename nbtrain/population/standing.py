@@ -10,10 +10,10 @@ import torch
 from nbtrain.bar import number
 from nbtrain.errors import SessionError
 from nbtrain.journal import Journal
-from nbtrain.member import Member
 from nbtrain.opening import Ground
-from nbtrain.rounds import Rounds
-from nbtrain.table import Row
+from nbtrain.population.member import Member
+from nbtrain.population.rounds import Rounds
+from nbtrain.population.table import Row
 
 
 class Standing:

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from nbtrain import making, randomness, task, trees
+from nbtrain import randomness, task, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import SessionError
 from nbtrain.journal import Journal
 from nbtrain.live import Live
+from nbtrain.population import making
 
 SHAPE_OF_IT = "Give what Population.schedule is: [(0.0, {name: value}), (progress, {...}), ...]."
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbtrain import randomness
-from nbtrain.space import Domain
+from nbtrain.population.space import Domain
 
 MODES = ("pbt", "random", "halving")
 

@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
-from nbtrain import ancestry, data, engines, founding, host, opening, standing, waiting
-from nbtrain import space as spaces
-from nbtrain.ancestry import Schedule
+from nbtrain import data, host, opening, waiting
 from nbtrain.arguments import ARGUMENTS as OF_SESSION
 from nbtrain.arguments import shared
 from nbtrain.bar import number
 from nbtrain.budget import seconds
 from nbtrain.errors import NbtrainWarning, SessionError
-from nbtrain.making import Maker
 from nbtrain.opening import Ground
+from nbtrain.population import ancestry, engines, founding, standing
+from nbtrain.population import space as spaces
+from nbtrain.population.ancestry import Schedule
+from nbtrain.population.making import Maker
+from nbtrain.population.standing import Standing
+from nbtrain.population.table import Row
 from nbtrain.reading import DEFAULT_BATCH
 from nbtrain.session import Session
-from nbtrain.standing import Standing
-from nbtrain.table import Row
 from nbtrain.task import Task
 from nbtrain.validation import validate
 
@@ -370,12 +371,12 @@ class Population:
         """
         rows, best, evolution = self.rows, self.best_row, self._rounds.table.evolution
         if what == "lineage":
-            from nbtrain import genealogy
+            from nbtrain.population import genealogy
 
             return genealogy.picture(self.name, evolution, rows, best)
         if what != "scores":
             raise ValueError(f'plot({what!r}) is not known. There are "scores" and "lineage".')
-        from nbtrain import portrait
+        from nbtrain.population import portrait
 
         metric, epochs = (self._ground.arguments[name] for name in ("metric", "epochs"))
         return portrait.picture(self.name, evolution, metric, epochs, rows, best)

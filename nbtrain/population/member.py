@@ -13,15 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbtrain import accumulation, making, memory, parking, trees
+from nbtrain import accumulation, memory, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, DataError, TaskError
-from nbtrain.evolution import Turn
 from nbtrain.journal import SETTINGS
 from nbtrain.live import Live
-from nbtrain.making import Maker
+from nbtrain.population import making, parking
+from nbtrain.population.evolution import Turn
+from nbtrain.population.making import Maker
+from nbtrain.population.table import Key, Row
 from nbtrain.reading import Reading
-from nbtrain.table import Key, Row
 from nbtrain.validation import validate
 
 UNITS = ("epochs", "steps")

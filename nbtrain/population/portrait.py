@@ -18,13 +18,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nbtrain import ancestry, frames, plots, scales
+from nbtrain import frames, plots, scales
 from nbtrain.bar import number
-from nbtrain.evolution import Evolution
 from nbtrain.frames import BLUE, ORANGE, RED, TEXT
+from nbtrain.population import ancestry
+from nbtrain.population.evolution import Evolution
+from nbtrain.population.space import Choice, Domain
+from nbtrain.population.table import Key, Row
 from nbtrain.scales import Scale
-from nbtrain.space import Choice, Domain
-from nbtrain.table import Key, Row
 
 WIDTH_IN, HEAD_IN, SCORES_IN, EACH_IN, GAP_IN, FOOT_IN = 7.0, 0.52, 2.1, 0.78, 0.27, 0.42
 LEFT, RIGHT = 0.095, 0.98

@@ -23,14 +23,14 @@ from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.driving import Driven
 from nbtrain.errors import LossError, SessionError
-from nbtrain.evolution import Turn
-from nbtrain.founding import Founded
-from nbtrain.making import Maker
-from nbtrain.member import NOT_ITS_FAULT, Interval, Member, Taken, why
 from nbtrain.opening import Ground
-from nbtrain.parking import Room
-from nbtrain.storing import NOTHING, Storing
-from nbtrain.table import Row
+from nbtrain.population.evolution import Turn
+from nbtrain.population.founding import Founded
+from nbtrain.population.making import Maker
+from nbtrain.population.member import NOT_ITS_FAULT, Interval, Member, Taken, why
+from nbtrain.population.parking import Room
+from nbtrain.population.storing import NOTHING, Storing
+from nbtrain.population.table import Row
 
 LOOK_EVERY_S = 0.25
 

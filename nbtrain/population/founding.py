@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from nbtrain import checkpoint, cluster, data, making, opening
-from nbtrain import space as spaces
+from nbtrain import checkpoint, data, opening
 from nbtrain.arguments import SPEED
 from nbtrain.checkpoint import Manifest, Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
-from nbtrain.evolution import Evolution
 from nbtrain.journal import SETTINGS
 from nbtrain.judging import direction_of
-from nbtrain.making import Maker
-from nbtrain.member import NOT_ITS_FAULT, Interval, Member, score_of
 from nbtrain.opening import Ground
-from nbtrain.shelf import Shelf, newest_whole, parts
-from nbtrain.table import Key, Row, Table
+from nbtrain.population import cluster, making
+from nbtrain.population import space as spaces
+from nbtrain.population.evolution import Evolution
+from nbtrain.population.making import Maker
+from nbtrain.population.member import NOT_ITS_FAULT, Interval, Member, score_of
+from nbtrain.population.shelf import Shelf, newest_whole, parts
+from nbtrain.population.table import Key, Row, Table
 from nbtrain.validation import validate
 
 # The plan of each round follows from these, and so does what the store still has of the one before.

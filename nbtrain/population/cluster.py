@@ -21,8 +21,8 @@ from typing import Any
 
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import NbtrainError
-from nbtrain.evolution import Turn
-from nbtrain.worker import Kit, Outcome, Worker
+from nbtrain.population.evolution import Turn
+from nbtrain.population.worker import Kit, Outcome, Worker
 
 MAX_FALSE_STARTS = 3  # one after the other
 NAMES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # an option, and its resource

@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 
-from nbtrain import space as spaces
 from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
-from nbtrain.cluster import Cluster, Done
 from nbtrain.errors import NbtrainError, RecipeError
-from nbtrain.evolution import Turn
-from nbtrain.founding import Founded
-from nbtrain.making import Maker
-from nbtrain.member import Taken
 from nbtrain.opening import Ground
-from nbtrain.rounds import LOOK_EVERY_S, Rounds
-from nbtrain.table import Key, Row
-from nbtrain.worker import Kit, computer
+from nbtrain.population import space as spaces
+from nbtrain.population.cluster import Cluster, Done
+from nbtrain.population.evolution import Turn
+from nbtrain.population.founding import Founded
+from nbtrain.population.making import Maker
+from nbtrain.population.member import Taken
+from nbtrain.population.rounds import LOOK_EVERY_S, Rounds
+from nbtrain.population.table import Key, Row
+from nbtrain.population.worker import Kit, computer
 
 PATIENCE_S = 30.0  # for slices that are cut, besides the longest window that was seen
 MAX_LOSSES = 3  # of workers, in one and the same slice

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from nbtrain.evolution import Change, Evolution, Turn
+from nbtrain.population.evolution import Change, Evolution, Turn
 
 Key = tuple[int, int]  # round, member: whose state at the end of which round
 
