@@ -97,7 +97,7 @@ def fingerprint(
     device: torch.device,
     model: nn.Module,
     *,
-    micro_batch: int,
+    micro_batch: int | None,
     num_workers: int,
     recipe: str,
     precision: str = "fp32",
@@ -112,7 +112,7 @@ def fingerprint(
     Args:
         device: Where the model is.
         model: Looked through for compiled modules.
-        micro_batch: Samples in a forward and backward.
+        micro_batch: Samples in a forward and backward; None where each member has its own.
         num_workers: Processes that fetch; recorded only.
         recipe: Hash of the source of `build`; "" for a loop of the user's own.
         precision: What the forward pass is computed in.

@@ -287,6 +287,21 @@ def test_one_line_goes_on_with_the_engine_that_it_had(near: type[Near], tmp_path
     assert len(near.made) == 2 and len(other.history) == 2 * MEMBERS
 
 
+def test_where_workers_train_they_grade_what_they_go_on_from(near: type[Near], tmp_path: Path) -> None:
+    population(tmp_path, epochs=1, engine="ray").run()
+    again = population(tmp_path, epochs=2, engine="ray")
+    assert "(" not in again.status()["resumed"], "what they compute with is not known yet"
+    assert again.run().status()["resumed"].endswith("(exact)")
+    before, threads = population(tmp_path, epochs=3, engine="ray"), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        before.run()
+    finally:
+        torch.set_num_threads(threads)
+    said = f"herd: goes on (same order: CPU threads {threads} -> {threads + 1})."
+    assert before.lines.count(said) == 1
+
+
 def test_workers_that_are_not_alike_are_told_of(near: type[Near], tmp_path: Path) -> None:
     found = population(tmp_path, epochs=1, engine="ray")
     near.made[0].kinds.add("torch 0.4 on cpu")

@@ -48,7 +48,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def maker(made: Any = build, domains: Any = SPACE, **changes: Any) -> Maker:
-    return Maker(made, domains, arguments(**changes), CPU)
+    return Maker(made, domains, arguments(**changes), CPU, None)
 
 
 def member(id: int = 0, interval: Any = "1 epoch", made: Maker | None = None) -> Member:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,42 @@ def test_one_line_in_a_fresh_kernel_goes_on(whole: nbtrain.Population, tmp_path:
     assert in_fresh_process(resume_and_finish, tmp_path / "herd", result) == 0
     at, found = torch.load(result, weights_only=False)
     assert at.startswith("resumed in round 2, 4 slices, ")
+    assert at.endswith(", stage 2 (exact)")
     assert_same_bits(found, bits(whole))
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """How many there are, now and afterwards."""
+    num_threads = torch.get_num_threads()
+    yield num_threads
+    torch.set_num_threads(num_threads)
+
+
+def test_a_kernel_that_computes_otherwise_is_told_when_it_is_opened(
+    tmp_path: Path, threads: int
+) -> None:
+    population(tmp_path, epochs=1).run()
+    torch.set_num_threads(threads + 1)
+    again = population(tmp_path, epochs=2)
+    differs = f"CPU threads {threads} -> {threads + 1}"
+    assert again.status()["resumed"].endswith(f"(same order: {differs})")
+    assert again.lines[0].count("same order") == 1
+    again.run()
+    assert not [line for line in again.lines[1:] if "same order" in line], "it was said"
+
+
+def test_a_kernel_that_computes_otherwise_since_is_told_when_it_goes_on(
+    tmp_path: Path, threads: int
+) -> None:
+    population(tmp_path, epochs=1).run()
+    again = population(tmp_path, epochs=2)
+    assert again.status()["grade"] == "exact"
+    torch.set_num_threads(threads + 1)
+    again.run()
+    said = [line for line in again.lines if "same order" in line]
+    assert said == [f"herd: goes on (same order: CPU threads {threads} -> {threads + 1})."]
+    assert again.status()["differences"] == [f"CPU threads: {threads} -> {threads + 1}"]
 
 
 def test_longer_runs_go_on_from_the_end_of_shorter_ones(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ class Spread(Rounds):
             return False
         for what, cost_s in outcome.costs.items():
             self._budget.observe(what, cost_s)
+        self._regrade(outcome.grade)
         if outcome.row is None:
             if outcome.error is not None:
                 raise outcome.error

@@ -18,6 +18,7 @@ from nbtrain import checkpoint, data, opening
 from nbtrain.arguments import SPEED
 from nbtrain.checkpoint import Manifest, Snapshot
 from nbtrain.errors import CheckpointError, SessionError, explain
+from nbtrain.grades import NEW, Grade
 from nbtrain.journal import SETTINGS
 from nbtrain.judging import direction_of
 from nbtrain.opening import Ground
@@ -52,6 +53,7 @@ class Founded:
         stage: The number of this stretch in one kernel.
         tests: What the test set was touched with.
         notes: In words, what is now other than it was, or worth knowing.
+        grade: How good it is to go on in this process; where workers train, they tell.
     """
 
     table: Table
@@ -61,6 +63,7 @@ class Founded:
     stage: int = 1
     tests: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    grade: Grade = NEW
 
     @property
     def is_new(self) -> bool:
@@ -150,7 +153,7 @@ def found(name: str, ground: Ground, maker: Maker, evolution: Evolution) -> Foun
         state["tests"],
         notes,
     )
-    _try_next(told, maker, Interval.read(ground.arguments["interval"]))
+    _try_next(told, maker, ground)
     return told
 
 
@@ -180,17 +183,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _try_next(told: Founded, maker: Maker, interval: Interval) -> None:
+def _try_next(told: Founded, maker: Maker, ground: Ground) -> None:
     """Begin the next slice, and forget it: what build gives now must fit what is stored."""
     for turn in told.table.left[:1]:
         source = None if turn.source is None else told.states[turn.round - 1, turn.source]
-        member = Member(turn.member, maker, interval)
+        member = Member(turn.member, maker, Interval.read(ground.arguments["interval"]))
         try:
             member.begin(turn, told.parts.get(turn.key, source), told.stage)
         except NOT_ITS_FAULT:
             raise
         except Exception:  # the member's own, which is named and replaced when its slice comes
             return
+        else:
+            assert member.live is not None
+            if ground.arguments["engine"] == "local":
+                told.grade = member.live.grade
         finally:
             member.drop()
 

@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from nbtrain import randomness, task
+from nbtrain import grades, randomness, task
 from nbtrain.errors import DataError, TaskError
 from nbtrain.forward import Forward
 from nbtrain.journal import SETTINGS, Journal
 from nbtrain.live import Live
 from nbtrain.population.space import Domain
 from nbtrain.reading import Reading
+from nbtrain.recipe import Recipe
 from nbtrain.task import Task
 
 WHOLE = ("epochs", "milestones")  # settings of the population, and of no member alone
@@ -40,6 +42,7 @@ class Maker:
         space: The hyperparameters' domains.
         arguments: What the user wrote.
         device: Where members train.
+        recipe: Of build, if there is one.
 
     Raises:
         ValueError: a hyperparameter is neither an argument of build nor a setting, or leaves what
@@ -52,8 +55,10 @@ class Maker:
         space: Mapping[str, Domain],
         arguments: dict[str, Any],
         device: torch.device,
+        recipe: Recipe | None,
     ) -> None:
         self.build, self._arguments = build, arguments
+        self._code = recipe.code_sha256[:12] if recipe is not None else ""
         self.seed, self.device = arguments["seed"], device
         self.forward = Forward.of(arguments, device)
         self.given, self.settings = split(build, space)
@@ -93,6 +98,18 @@ class Maker:
         given = {name: hyperparameters[name] for name in self.given}
         randomness.seed(self.seed, "build")
         return task.call(partial(self.build, **given))
+
+    def fingerprint(self, model: nn.Module) -> dict[str, Any]:
+        """Return what can change a bit of a member's training in this process, as plain values."""
+        return grades.fingerprint(
+            self.device,
+            model,
+            micro_batch=None,  # a copy may have another batch size on purpose
+            num_workers=self._arguments["num_workers"] or 0,
+            recipe=self._code,
+            precision=self.forward.precision,
+            channels_last=self.forward.channels_last,
+        )
 
     def _refuse_another_split(self, built: Task) -> None:
         split = [_split(built.train), _split(built.valid)]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbtrain import accumulation, memory, trees
+from nbtrain import accumulation, grades, memory, trees
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import CheckpointError, DataError, TaskError
 from nbtrain.journal import SETTINGS
@@ -111,6 +111,8 @@ class Member:
         self._options = making.options(read.task.optimizer)
         if found is not None:
             self._take_over(found, turn, live, read)
+            kernel = self._maker.fingerprint(read.task.model)
+            live.grade = grades.compare(found.state.get("fingerprint"), kernel)
         live.stage = stage
         if not read.task.model.training:
             read.task.model.train()
@@ -243,7 +245,9 @@ class Member:
         """
         assert self.live is not None
         model, tensors, state = self.live.take()
-        return model, tensors, state | {"options": trees.flatten(self._options, "options", {})}
+        options = trees.flatten(self._options, "options", {})
+        kernel = self._maker.fingerprint(self.live.task.model)
+        return model, tensors, state | {"options": options, "fingerprint": kernel}
 
     def drop(self) -> None:
         """Fall asleep, forgetting what is alive."""

@@ -128,7 +128,7 @@ class Population:
         evolution = founding.evolution(arguments)
         self._ground = Ground(name, build, store, budget, started_at, device, clock, arguments, 2)
         self.name, self._shows, self.budget = name, bar, self._ground.budget
-        self._maker = Maker(build, evolution.space, arguments, self._ground.device)
+        self._maker = Maker(build, evolution.space, arguments, self._ground.device, self._ground.recipe)
         # First, because one that is paused saves now, and that is where to go on from.
         opening.retire(name, self._ground)
         found = founding.found(name, self._ground, self._maker, evolution)

@@ -23,6 +23,7 @@ from nbtrain.budget import words
 from nbtrain.checkpoint import Snapshot
 from nbtrain.driving import Driven
 from nbtrain.errors import LossError, SessionError
+from nbtrain.grades import NEW, Grade
 from nbtrain.opening import Ground
 from nbtrain.population.evolution import Turn
 from nbtrain.population.founding import Founded
@@ -73,8 +74,8 @@ class Rounds(Driven):
         for again in self.table.forget_failures():
             founded.notes.append(f"member {again.member} tries round {again.round + 1} again")
         self._look_around()
-        where = None if founded.is_new else self._at
-        self.resumed = "new" if founded.is_new else f"resumed in {self._at}"
+        self.grade, self._from = founded.grade, None if founded.is_new else self._at
+        where = self._from and self._graded(self._from)
         self.lines.say(hello(name, ground.stores[-1].place, where, founded.notes))
         if founded.is_new:
             for note in founded.notes:
@@ -93,6 +94,11 @@ class Rounds(Driven):
                 self._round(turns)
 
     # ---- what it says of itself
+
+    @property
+    def resumed(self) -> str:
+        """Where it was opened, and how good that is."""
+        return "new" if self._from is None else f"resumed in {self._graded(self._from)}"
 
     @property
     def is_done(self) -> bool:
@@ -217,6 +223,13 @@ class Rounds(Driven):
             return None
         return self.founded.states[key] if key in self.founded.states else self.shelf.load(key)
 
+    def _regrade(self, grade: Grade) -> None:
+        """Say it where a state is gone on from less well than was said."""
+        if is_worse := grade.is_worse_than(self.grade.word):
+            self.lines.say(f"{self.name}: goes on ({grade}).")
+        if is_worse or (self._from is not None and self.grade.word == NEW.word):
+            self.grade = grade
+
     def _make_room(self, member: Member) -> bool:
         """Let all others leave the device, then halve micro-batches; False after both."""
         others = [m for m in self.members if m is not member and m.live is not None]
@@ -235,6 +248,8 @@ class Rounds(Driven):
             member.go_on(turn)
         else:
             member.begin(turn, found, self.founded.stage)
+            assert member.live is not None
+            self._regrade(member.live.grade)
         self._parts.pop(turn.key, None)
 
     def _fail(self, row: Row, error: Exception) -> None:
@@ -312,6 +327,9 @@ class Rounds(Driven):
         where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
         reason, on = "done" if self.is_done else self.reason, self._ground.way_on(self.name)
         self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=self.is_own))
+
+    def _graded(self, at: str) -> str:
+        return at if self.grade.word == NEW.word else f"{at} ({self.grade})"
 
     @property
     def _at(self) -> str:

@@ -141,6 +141,7 @@ def of(name: str, rounds: Rounds, ground: Ground) -> dict[str, Any]:
         "asked": rounds.asked,
         "error": rounds.worker.problem if rounds.worker is not None else "",
         "resumed": rounds.resumed,
+        **rounds.grade.plain(),
         "stage": rounds.founded.stage,
         "round": rounds.now_round,
         "over_in_round": sum(row.round == rounds.now_round for row in rows),

@@ -136,7 +136,7 @@ def train(plan: Plan, config: dict[str, Any]) -> None:
     device = chosen(plan.device)
     use_tf32(plan.arguments["tf32"], device)
     space: dict[str, Any] = {name: Only(value) for name, value in config.items()}
-    maker = Maker(plan.recipe.load(NAME), space, plan.arguments, device)
+    maker = Maker(plan.recipe.load(NAME), space, plan.arguments, device, plan.recipe)
     member = Member(trial, maker, plan.interval)
     found = _found(tune)
     turn = Turn(0, trial, None, config)

@@ -21,6 +21,7 @@ import torch
 from nbtrain import randomness
 from nbtrain.checkpoint import Snapshot
 from nbtrain.errors import LossError, NbtrainError, TaskError
+from nbtrain.grades import NEW, Grade
 from nbtrain.population import space as spaces
 from nbtrain.population.evolution import Turn
 from nbtrain.population.making import Maker
@@ -88,11 +89,13 @@ class Outcome:
         row: Of a slice that is over, also by a failure; None where it was cut.
         error: What the member failed with; without a row, what ends the training.
         costs: The longest window and validation, in seconds.
+        grade: How good it was to go on from the state that it began with.
     """
 
     row: Row | None = None
     error: Exception | None = None
     costs: dict[str, float] = field(default_factory=dict)
+    grade: Grade = NEW
 
 
 class Worker:
@@ -111,7 +114,7 @@ class Worker:
             if kit.arguments.get("deterministic"):
                 randomness.deterministic()  # cuBLAS reads the environment, which does not travel
             build = kit.recipe.load(kit.name)
-            self._maker = Maker(build, spaces.from_plain(kit.space), kit.arguments, device)
+            self._maker = Maker(build, spaces.from_plain(kit.space), kit.arguments, device, kit.recipe)
         except Exception as error:
             return "", sendable(error)
         self._maker.split = kit.split
@@ -136,13 +139,14 @@ class Worker:
         try:
             with self._kit.switches.of_thread.applied():
                 member.begin(turn, found, self._kit.stage)
-                place = member.live.place if member.live is not None else None
+                assert member.live is not None
+                place, grade = member.live.place, member.live.grade
                 metric = self._kit.arguments["metric"]
                 done = member.slice(metric, lambda what: self._cut != number, observe, time.monotonic)
                 if done is None:
-                    return Outcome(costs=costs), _part(member, place)
+                    return Outcome(costs=costs, grade=grade), _part(member, place)
             row, taken = done
-            return Outcome(row, costs=costs), Snapshot(0, *taken, "", {})
+            return Outcome(row, costs=costs, grade=grade), Snapshot(0, *taken, "", {})
         except NOT_ITS_FAULT as error:
             return Outcome(error=sendable(error), costs=costs), None
         except Exception as error:
