@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbtrain.errors import TaskError
+
 
 @dataclass
 class Window:
@@ -45,8 +47,12 @@ class Window:
 
         Args:
             loss: Mean over the micro-batch, shape ().
-            n: Samples in it; or tokens, boxes: whatever the mean was taken over.
+            n: Samples in it; or tokens, boxes: whatever the mean was taken over. Where that is 0, the
+                loss adds nothing.
             scaler: Keeps the small gradients of fp16, which are unscaled before `finish`.
+
+        Raises:
+            TaskError: nothing was counted in the whole window, so that it has no mean.
         """
         share = n / self.num_samples
         try:
@@ -62,9 +68,16 @@ class Window:
         self.loss = part if self.loss is None else self.loss + part
         self.weight += n
         self.micro_step += 1
+        if self.is_full and not self.weight:
+            raise TaskError(
+                f"step has counted 0 in all {self.num_samples} samples of a window, so there is nothing "
+                "to divide its loss by. Leave such samples out of the data, or raise accumulate."
+            )
 
     def log(self, named: Mapping[str, Any], n: float) -> None:
         """Add other values of a micro-step, each a mean over n; `named` has sums and weights."""
+        if not n:
+            return
         for name, value in named.items():
             total, weight = self.named.get(name, (0.0, 0.0))
             value = value.detach().squeeze() if isinstance(value, Tensor) else float(value)

@@ -260,8 +260,8 @@ class Task:
     def run(self, batch: Any) -> tuple[Tensor, float | None, Any]:
         """Return (mean loss, what it was the mean of or None for samples, model output or None).
 
-        With `step` the last is what it gives besides the loss, by name, as means. Of a count of 0,
-        which only a validation may give, it is what step gave, to weigh nothing.
+        With `step` the last is what it gives besides the loss, by name, as means. Of a count of 0 both
+        are what step gave, to weigh nothing.
 
         Raises:
             TaskError: step returned something else than it may; or a loss to train has no gradient.
@@ -355,8 +355,8 @@ def _count(count: Any) -> float:
     elif not (isinstance(count, Real) or (isinstance(count, Tensor) and count.numel() == 1)):
         shape = f" of shape {tuple(count.shape)}" if isinstance(count, Tensor) else ""
         said = f"is no number, but a {kind_of(count)}{shape}"
-    elif not (n := float(count)) >= 0 or (torch.is_grad_enabled() and not n):
-        said = f"is {n:g}, and must be above 0"
+    elif not (n := float(count)) >= 0:
+        said = f"is {n:g}, and must be 0 or above"
     else:
         return n
     raise TaskError(f"step returned a count that {said}. {RETURNS}")

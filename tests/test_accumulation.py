@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtrain.accumulation import Window, plan
+from nbtrain.errors import TaskError
 
 SIZES = (32, 32, 32, 7)
 
@@ -78,6 +79,33 @@ def test_losses_that_are_means_over_tokens_get_the_windows_tokens_as_denominator
         window.add((losses * num_tokens[at]).sum() / n, n)
     assert abs(window.finish(model.parameters()) - loss) < 1e-12
     assert (gradient(model) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_micro_batch_of_which_nothing_is_counted_adds_nothing(first: bool) -> None:
+    """As where all tokens of a micro-batch are masked: its window has others."""
+    model, x, y = problem(8)
+    (nn.functional.cross_entropy(model(x[:4]), y[:4], reduction="sum") / 4).backward()
+    expected = gradient(model).clone()
+    model.zero_grad()
+    window = Window(8, 2)
+    masked = model(x[4:])[:0].sum()
+    parts = [(nn.functional.cross_entropy(model(x[:4]), y[:4], reduction="sum") / 4, 4), (masked, 0)]
+    for loss, n in reversed(parts) if first else parts:
+        window.add(loss, n)
+        window.log({"seen": n, "empty" if n == 0 else "full": 1.0}, n)
+    loss = window.finish(model.parameters())
+    assert torch.equal(loss, parts[0][0].detach())
+    assert torch.equal(gradient(model), expected)
+    assert window.named == {"seen": (16, 4), "full": (4.0, 4)}
+
+
+def test_a_window_of_which_nothing_is_counted_is_refused() -> None:
+    model, x, _ = problem(4)
+    window = Window(4, 2)
+    window.add(model(x[:2])[:0].sum(), 0)
+    with pytest.raises(TaskError, match=r"counted 0 in all 4 samples of a window, .* raise accumulate"):
+        window.add(model(x[2:])[:0].sum(), 0)
 
 
 def test_the_reported_loss_holds_no_graph() -> None:
