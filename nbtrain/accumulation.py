@@ -70,8 +70,8 @@ class Window:
         self.micro_step += 1
         if self.is_full and not self.weight:
             raise TaskError(
-                f"step has counted 0 in all {self.num_samples} samples of a window, so there is nothing "
-                "to divide its loss by. Leave such samples out of the data, or raise accumulate."
+                f"step has counted 0 in all {self.num_samples} samples of a window, which has no mean "
+                "loss then. Leave such samples out of the data, or raise accumulate."
             )
 
     def log(self, named: Mapping[str, Any], n: float) -> None:

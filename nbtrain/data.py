@@ -100,6 +100,8 @@ def _gathered(dataset: Any, indices: list[int]) -> list[Tensor]:
 
 def _is_whole(index: Any) -> bool:
     """Whether an index is one number, and no list, mask or row of several."""
+    if type(index) is int:
+        return True
     if isinstance(index, Tensor):
         return index.ndim == 0 and not (index.is_floating_point() or index.dtype == torch.bool)
     return isinstance(index, Integral) and not isinstance(index, bool)

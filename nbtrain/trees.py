@@ -30,6 +30,9 @@ def flatten(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     Raises:
         CheckpointError: something in it cannot be written without pickle; names the place.
     """
+    # First, because most of a history is that, and what follows asks abstract classes.
+    if tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
+        return tree
     if isinstance(tree, torch.Tensor) and tree.layout == torch.strided:
         copy = tree.detach().to("cpu", copy=True).contiguous()
         return {"$": "tensor", "name": _put(copy, path, tensors)}
@@ -48,8 +51,6 @@ def flatten(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
             return {"$": kind, "name": _put(torch.from_numpy(native), path, tensors)}
     if isinstance(tree, float) and not math.isfinite(tree):
         return {"$": "float", "value": str(tree)}
-    if tree is None or type(tree) in (bool, int, float, str):
-        return tree
     raise CheckpointError(
         f"{path} is a {type(tree).__module__}.{type(tree).__qualname__}, which a checkpoint cannot "
         "hold without pickle. Let state_dict() return plain values, tensors or arrays there."
