@@ -153,6 +153,6 @@ def in_fresh_process(function: Callable[..., None], *args: Any, **kwargs: Any) -
     """Call a function in a process that shares nothing with this one; return its exit code."""
     process = _fresh.Process(target=function, args=args, kwargs=kwargs)
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
