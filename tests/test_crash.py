@@ -23,6 +23,7 @@ from runs import assert_same_bits, bits, build, die, in_fresh_process, session
 
 import nbtrain
 from nbtrain import checkpoint
+from nbtrain.checkpoint import Snapshot
 from nbtrain.stores import MANIFEST, DriveStore, FolderStore, Store
 
 KEEP = 2
@@ -98,11 +99,17 @@ def train(place: str, folder: Path, machine: Path) -> nbtrain.Session:
     task = {name: value for name, value in vars(build()).items() if name != "valid"}
     store = PLACES[place](folder)
     run = session(folder, build=None, store=store, keep=KEEP, batch_size=12, accumulate=1, **task)
+    saver, request = run._loop.keeping.saver, run._loop.keeping.saver.request
+
+    def in_turn(snapshot: Snapshot) -> None:
+        saver.wait()  # else a copy that waits is passed over, and children make other changes
+        request(snapshot)
+
+    saver.request = in_turn  # type: ignore[method-assign]
     for epoch in run.epochs():
         for batch in epoch:
             loss, _, _ = run.task.run(batch)
             run.update(loss)
-            run._loop.keeping.saver.wait()  # so that every child makes the same changes
         run.log(valid_loss=float(run.epoch))
     return run
 
