@@ -89,6 +89,10 @@ class Driven(ABC):
     def _rest(self) -> None:
         """End the workers; training starts new ones."""
 
+    @abstractmethod
+    def _say_goodbye(self, *, prints: bool = True) -> None:
+        """Say where it is, why it has ended there, and how it goes on."""
+
     # ---- what everybody may say
 
     def start(self, train: Callable[[], None]) -> None:
@@ -125,6 +129,8 @@ class Driven(ABC):
             if self._thread is None and self.state == "paused" and reason != "pause":
                 self._rest()
                 self.state, self.reason = "stopped", reason
+                # Or its panel would go on promising that Resume or Stop is awaited.
+                self._say_goodbye(prints=False)
             self.order(reason, lambda: self._halt(reason, number))
 
     def await_end(self) -> None:

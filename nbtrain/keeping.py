@@ -144,7 +144,7 @@ class Keeping:
         if (rival := self.saver.rival()) is not None:
             self._lines.warn(rival)
 
-    def say_goodbye(self, reason: str, *, is_own: bool) -> None:
+    def say_goodbye(self, reason: str, *, is_own: bool, prints: bool = True) -> None:
         """Say where the run is, why it has ended there, and how it goes on."""
         opened, live = self._opened, self._live
         saved = list(self.saver.saved.values())[-1:]
@@ -154,7 +154,7 @@ class Keeping:
         verdict = live.judging.verdict(live.history.epochs) if reason == "early" else ""
         is_whole = not self._is_back
         said = goodbye(self._name, at, reason, on, is_own=is_own, verdict=verdict, is_whole=is_whole)
-        self._lines.say(said)
+        self._lines.say(said, prints=prints)
 
     def say_saved(self) -> None:
         """Say what was just saved because somebody asked for it."""

@@ -34,11 +34,15 @@ class Lines:
         self._to_print: deque[str] = deque(maxlen=MAX_LINES)
         self._to_warn: deque[str] = deque(maxlen=MAX_LINES)
 
-    def say(self, text: str) -> None:
-        """Keep a line; on the main thread print it too."""
+    def say(self, text: str, *, prints: bool = True) -> None:
+        """Keep a line; on the main thread print it too.
+
+        With `prints=False` only a panel shows it.
+        """
         self._kept.append(text)
-        self._to_print.append(text)
-        self.flush()
+        if prints:
+            self._to_print.append(text)
+            self.flush()
 
     def warn(self, text: str) -> None:
         """Keep a line as a warning; on the main thread issue it too, where the user's code called."""

@@ -145,7 +145,7 @@ class Loop(Driven):
         live = self.live
         if live.is_done:
             self.state, self.reason = "done", live.end
-            self.keeping.say_goodbye(self.reason, is_own=self.is_own)
+            self._say_goodbye()
             return
         with self._running():
             while (not self.reason or self._is_resumed()) and not live.is_done:
@@ -241,6 +241,9 @@ class Loop(Driven):
         if self.keeping.is_due(now):
             self.keeping.request("")
         return True
+
+    def _say_goodbye(self, *, prints: bool = True) -> None:
+        self.keeping.say_goodbye(self.reason, is_own=self.is_own, prints=prints)
 
     def _is_resumed(self) -> bool:
         """Hold the user's own loop at a pause, saved, where a panel can resume it; whether one did."""
@@ -368,7 +371,7 @@ class Loop(Driven):
                 self.keeping.request(self.reason)
                 self.keeping.finish()
             self._bar.close()
-            self.keeping.say_goodbye(self.reason, is_own=self.is_own)
+            self._say_goodbye()
         finally:
             self._bar.close()
             self._fed = None

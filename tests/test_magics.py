@@ -592,6 +592,15 @@ def test_it_trains_in_the_background_and_pauses_and_goes_on(
     assert (run.state, run.journal.settings["accumulate"]) == ("stopped", 1)
 
 
+def test_what_is_done_is_not_said_to_train(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(tmp_path, bar=True).run()
+    monkeypatch.setattr(magics, "newest", lambda: run)
+    said, well = told("%nbtrain start background")
+    assert well and "tiny: done at" in said and "trains" not in said
+
+
 def test_the_curves_are_shown_with_those_of_others(
     shell: InteractiveShell, told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

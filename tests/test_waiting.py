@@ -248,6 +248,7 @@ def test_where_a_panel_is_watched_a_pause_holds_until_stop(tmp_path: Path) -> No
     waiting.wait(run._loop, watched=True)
     finger.join()
     assert (steps, run.state, run.reason) == ([run.step], "stopped", "stop")
+    assert "ended by stop" in run.lines[-1], "the pause is no longer the last word"
 
 
 def test_a_pause_that_is_held_ends_with_the_budget(tmp_path: Path) -> None:
@@ -330,7 +331,7 @@ def ending() -> nbtrain.Task:
 def be_ended_with_the_workers(folder: Path, said: Path, is_own: bool) -> None:
     os.setsid()  # not the group of the tests
     run = session(folder, build=ending, num_workers=1)
-    run._loop.lines.say = lambda text: said.open("a").write(text)  # type: ignore[method-assign, assignment]
+    run._loop.lines.say = lambda text, **_: said.open("a").write(text)  # type: ignore[method-assign, assignment]
     if not is_own:
         run.run()
     for batch in run:

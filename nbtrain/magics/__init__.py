@@ -282,8 +282,10 @@ def _trained() -> Any:
 
 def _train(session: Trained, said: Said) -> None:
     if said.in_background:
+        trains = not session.is_done  # else it says so itself
         session.start()
-        print(f"{session.name} trains, and the kernel is free. %nbtrain tells how it stands.")
+        if trains:
+            print(f"{session.name} trains, and the kernel is free. %nbtrain tells how it stands.")
     elif session.state == "running":
         session.wait()
     else:

@@ -322,11 +322,12 @@ class Rounds(Driven):
             if member.read is not None:
                 member.read.close()
 
-    def _say_goodbye(self) -> None:
+    def _say_goodbye(self, *, prints: bool = True) -> None:
         saved = list(self.shelf.saved.values())[-1:]
         where = "".join(f"; saved in {s.place} ({s.degree})" for s in saved)
         reason, on = "done" if self.is_done else self.reason, self._ground.way_on(self.name)
-        self.lines.say(goodbye(self.name, self._at + where, reason, on, is_own=self.is_own))
+        said = goodbye(self.name, self._at + where, reason, on, is_own=self.is_own)
+        self.lines.say(said, prints=prints)
 
     def _graded(self, at: str) -> str:
         return at if self.grade.word == NEW.word else f"{at} ({self.grade})"
