@@ -285,7 +285,8 @@ def words(columns: Columns, epochs: Rows) -> str:
     train, (_, valid) = smooth(columns["loss"]), _validation(epochs)
     if not len(train):
         return "no step yet"
-    over = f"over {columns['progress'][-1]:.3g} epochs"
+    progress = f"{columns['progress'][-1]:.3g}"
+    over = f"over {progress} {'epoch' if progress == '1' else 'epochs'}"
     validation = f", validation {number(float(valid[-1]))}" if len(valid) else ""
     return (
         f"loss {number(float(train[0]))} -> {number(float(train[-1]))} {over}{validation}, "

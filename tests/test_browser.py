@@ -235,6 +235,7 @@ def test_a_run_is_steered_reloaded_stopped_and_gone_on_with_to_the_same_bits(
         stopped_at = step(page)
         page.reload()
         page.restart_kernel()
+        see_an_end(page)
         page.run(2, 'import nbtrain; nbtrain.resume("story", trust_code=True).run()')
         page.wait_for_cell(2)
         see_state(page, "done")
@@ -305,6 +306,19 @@ def reload_and_stop(page: Page) -> None:
     page.page.keyboard.press("Enter")
     see_state(page, "stopped")
     page.shot("lab-stopped-dark-700")
+
+
+# What stands before a panel and each of its widgets where their kernel is gone.
+SIGNS = """() => [...document.querySelectorAll(".jupyter-widgets-disconnected")].map(
+    widget => getComputedStyle(widget, "::before")
+).filter(sign => sign.display != "none").map(sign => sign.content)"""
+
+
+def see_an_end(page: Page) -> None:
+    """See one line above the old panel, and not a broken link before each of its widgets."""
+    signs = until(lambda: page.page.evaluate(SIGNS), "a panel whose kernel is gone")
+    assert len(signs) == 1 and "has ended" in signs[0]
+    page.shot("lab-restarted")
 
 
 def see_without_kernel(page: Page) -> None:

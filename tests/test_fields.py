@@ -237,6 +237,8 @@ def test_a_warmup_that_is_over_cannot_be_made_longer_and_it_is_told(form: Form) 
 def test_a_budget_tells_what_it_leaves(form: Form) -> None:
     form.type(budget="10h")
     assert "stops in 6h58m" in form.effect
+    form.type(budget="none")
+    assert "nothing stops it in time" in form.effect
     form.type(budget="1h")  # three have passed
     assert "stops at the next window" in form.effect
 

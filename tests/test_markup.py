@@ -111,6 +111,10 @@ def test_a_run_that_outlasts_its_budget_says_how_far_it_comes() -> None:
     assert "run 20 epochs, 15m00s left; the budget ends near 10.00" in told
 
 
+def test_one_epoch_is_not_many() -> None:
+    assert "run 1 epoch budget" in text(markup.bars(facts(state="done", epochs=1), NOW))
+
+
 def test_a_run_without_an_end_says_so() -> None:
     told = text(markup.bars(facts(epochs=None, progress=3.2), NOW))
     assert "run no end but the budget" in told
@@ -123,7 +127,7 @@ def test_a_run_that_is_done_has_full_bars() -> None:
 
 def test_what_is_left_is_told_only_while_it_trains() -> None:
     told = text(markup.bars(facts(state="paused"), NOW))
-    assert "samples run" in told and "epochs budget" in told
+    assert "samples run" in told and "epochs budget stops at" in told and "left" not in told
 
 
 def test_bars_that_stand_still_are_new_every_few_seconds_lest_they_pass_for_silence() -> None:
@@ -145,6 +149,15 @@ def test_a_checkpoint_has_its_place_age_size_and_degree() -> None:
         "2.0 MB are not yet in folder /drive"
     )
     assert text(markup.saved(facts(), NOW)) == "Checkpoint: nothing saved yet in this kernel"
+
+
+@pytest.mark.parametrize("state", ["paused", "stopped", "done", "failed"])
+def test_what_rests_is_drawn_once_and_tells_no_age_that_would_soon_be_wrong(state: str) -> None:
+    told = text(markup.saved(facts(state=state, saved=[PLACE]), NOW))
+    assert "48 MB, 11:57" in told and "ago" not in told
+    old = text(markup.saved(facts(state=state, saved=[PLACE | {"at": NOW - 20 * 86400}]), NOW))
+    assert "48 MB, 2026-02-10 12:00" in old
+    assert "left" not in text(markup.bars(facts(state=state), NOW))
 
 
 @pytest.mark.parametrize("degree", ["local", "copied", "durable", "unknown"])

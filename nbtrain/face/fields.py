@@ -46,7 +46,8 @@ class Field:
         looks: dict[str, Any] = {
             "description": label,
             "style": {"description_width": "106px"},
-            "layout": widgets.Layout(width="190px", flex="0 0 auto"),
+            # The longest name of a shape, and beside it the arrow.
+            "layout": widgets.Layout(width="224px" if name in CHOICES else "190px", flex="0 0 auto"),
         }
         self.input: Any = (
             widgets.Dropdown(options=CHOICES[name], **looks)
@@ -58,7 +59,8 @@ class Field:
         setattr(self.input, tooltip, hint)
         self._note = widgets.HTML(layout=widgets.Layout(margin="0 0 0 8px"))
         self._refused = widgets.HTML()
-        line = widgets.HBox([self.input, self._note], layout=widgets.Layout(align_items="center"))
+        side_by_side = widgets.Layout(align_items="center", flex_flow="row wrap")
+        line = widgets.HBox([self.input, self._note], layout=side_by_side)
         self.widget = widgets.VBox([line, self._refused])
         self.input.observe(lambda _: touched.set(), "value")
         poll.answer_where_asked(self.input)
@@ -217,7 +219,9 @@ def _effect(facts: Facts, journal: Journal, planned: Journal | None, changes: di
     if {"warmup", "warmup_epochs"} & changes.keys() and is_over:
         told.append("the warmup is over and stays as it was")
     limit_s = facts["budget_limit_s"]
-    if "budget" in changes and changes["budget"] is not None and limit_s is not None:
+    if "budget" in changes and changes["budget"] is None:
+        told.append("nothing stops it in time")
+    elif "budget" in changes and limit_s is not None:
         stop_s = changes["budget"] - limit_s + facts["budget_left_s"] - facts["reserve_s"]
         told.append(f"stops in {words(stop_s)}" if stop_s > 0 else "stops at the next window")
     return ", ".join(told)

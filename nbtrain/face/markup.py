@@ -44,11 +44,17 @@ DEGREES = {
     "durable": "durable",
     "unknown": "unknown: whether it lasts is not known",
 }
+WEEKDAYS_S = 6 * 86400  # beyond them a weekday may be any
 SILENCE_S = 20  # without a new bar for so long, the page itself says so: no kernel is needed for it
 
 STYLE = f"""<style>
 .nbt-panel {{ box-sizing: border-box; max-width: 780px; padding: 2px 8px 8px 2px; }}
 .nbt-panel .widget-html, .nbt-panel .widget-html-content {{ height: auto; overflow: visible; }}
+.nbt-panel.jupyter-widgets-disconnected::before {{ content: "The kernel of this panel has ended. \
+This is how it stood."; color: inherit; font: 600 13px/1.8 var(--jp-ui-font-family, sans-serif); }}
+.nbt-panel.jupyter-widgets-disconnected > * {{ opacity: .6; pointer-events: none; }}
+.nbt-panel .jupyter-widgets-disconnected::before {{ display: none; }}
+[data-jp-theme-light="false"] .nbt-panel .widget-image {{ filter: invert(.93) hue-rotate(180deg); }}
 .nbt {{ font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5;
   color: var(--jp-ui-font-color1, inherit); font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }}
@@ -73,7 +79,7 @@ STYLE = f"""<style>
   white-space: pre-wrap; }}
 .nbt-panel pre.nbt-log {{ font-family: var(--jp-code-font-family, monospace); font-size: 12px;
   line-height: 1.4; margin: 0; padding: 5px 8px; white-space: pre-wrap; overflow-wrap: anywhere;
-  color: inherit; background: transparent;
+  word-break: normal; color: inherit; background: transparent;
   border: 1px solid var(--jp-border-color2, rgba(128, 128, 128, .35)); border-radius: 3px; }}
 .jp-OutputArea-child:has(.nbt-panel) ~ .jp-OutputArea-child:has(.nbt-twin),
 .jp-OutputArea-child:has(.nbt-panel) ~ .jp-OutputArea-child:has(img):has(+ * .nbt-twin),
@@ -206,14 +212,15 @@ def _ending(facts: Facts) -> str:
     if not facts["epochs"]:
         return "no end but the budget's"
     pace = facts["samples_per_s"] / max(facts["num_samples"], 1)  # epochs a second
+    epochs = "1 epoch" if facts["epochs"] == 1 else f"{facts['epochs']} epochs"
     if facts["state"] != "running" or not pace:
-        return f"{facts['epochs']} epochs"
+        return epochs
     run_s = (facts["epochs"] - facts["progress"]) / pace
     train_s = facts["budget_left_s"] - facts["reserve_s"]
     if run_s <= train_s:
-        return f"{facts['epochs']} epochs, {words(run_s)} left"
+        return f"{epochs}, {words(run_s)} left"
     end = facts["progress"] + max(train_s, 0.0) * pace
-    return f"{facts['epochs']} epochs, {words(run_s)} left; the budget ends near {end:.2f}"
+    return f"{epochs}, {words(run_s)} left; the budget ends near {end:.2f}"
 
 
 def _budget(facts: Facts, now_s: float) -> str:
@@ -227,15 +234,18 @@ def _budget(facts: Facts, now_s: float) -> str:
     )
     stop_s = left_s - reserve_s
     when = f"stops at {moment(now_s + stop_s, now_s)}" if stop_s > 0 else "only the reserve is left"
-    text = f"{words(left_s)} left, {when}, reserve {words(reserve_s)}"
+    if facts["state"] == "running":
+        when = f"{words(left_s)} left, {when}"
+    text = f"{when}, reserve {words(reserve_s)}"
     return bar("budget", 1 - left_s / limit_s, text, marks)
 
 
 def moment(at_s: float, now_s: float) -> str:
-    """Write a time of day with its zone, and the weekday where it is not today."""
+    """Write a time of day with its zone, and the weekday where it is not today, or the date."""
     at, now = time.localtime(at_s), time.localtime(now_s)
     is_today = (at.tm_year, at.tm_yday) == (now.tm_year, now.tm_yday)
-    return time.strftime("%H:%M %Z" if is_today else "%a %H:%M %Z", at).strip()
+    day = "" if is_today else "%a " if abs(at_s - now_s) < WEEKDAYS_S else "%Y-%m-%d "
+    return time.strftime(f"{day}%H:%M %Z", at).strip()
 
 
 def saved(facts: Facts, now_s: float, *, steps: bool = True) -> str:
@@ -246,7 +256,9 @@ def saved(facts: Facts, now_s: float, *, steps: bool = True) -> str:
         now_s: `time.time()`.
         steps: Whether its step is told: a population's is one member's.
     """
-    places = [saved_words(place, now_s, steps=steps) for place in facts["saved"]]
+    # What rests is not drawn again, and an age would soon be wrong.
+    ages = facts["state"] == "running"
+    places = [saved_words(place, now_s, steps=steps, ages=ages) for place in facts["saved"]]
     pending = facts["pending_bytes"]
     if pending:
         places.append(f"{size(pending)} are not yet in {facts['store']}")
@@ -254,11 +266,11 @@ def saved(facts: Facts, now_s: float, *, steps: bool = True) -> str:
     return f'<div class="nbt nbt-small"><span class="nbt-dim">Checkpoint:</span> {text}</div>'
 
 
-def saved_words(place: Facts, now_s: float, *, steps: bool = True) -> str:
-    """Say in one line what one place holds."""
-    age = words(now_s - place["at"])
+def saved_words(place: Facts, now_s: float, *, steps: bool = True, ages: bool = True) -> str:
+    """Say in one line what one place holds, and how old that is, or else since when."""
+    when = f"{words(now_s - place['at'])} ago" if ages else moment(place["at"], now_s)
     step = f"step {place['step']:,}, " if steps else ""
-    what = f"{step}{size(place['num_bytes'])}, {age} ago, in {place['place']}"
+    what = f"{step}{size(place['num_bytes'])}, {when}, in {place['place']}"
     return f"{what} ({DEGREES.get(place['degree'], place['degree'])})"
 
 
