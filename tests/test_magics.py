@@ -207,6 +207,8 @@ def test_the_question_mark_shows_the_help_and_the_options(told: Any) -> None:
         ("%nbtrain xyzzy", "%nbtrain help has them all"),
         ("%nbtrain pause now", "pause takes no 'now'"),
         ("%nbtrain help xyzzy", "There is no word 'xyzzy'"),
+        ("%nbtrain help plto", "Did you mean %nbtrain help plot?"),
+        ("%nbtrain HELP", "Did you mean %nbtrain help?"),
         ("%nbtrain help --trust-code", "help takes no 'trust_code'"),
         ("%nbtrain --fast", "unrecognized arguments: --fast"),
         ("%nbtrain set 'lr", "No closing quotation"),
@@ -672,7 +674,11 @@ def test_the_words_that_a_population_knows(
     shown: list[Any] = []
     monkeypatch.setattr(magics, "display", shown.append)
     assert told("%nbtrain plot")[1] and told("%nbtrain plot lineage")[1]
-    assert [len(figure.axes) for figure in shown] == [1 + len(SPACE), 1]
+    assert told("%nbtrain plot herd")[1], "by its name, as a session"
+    assert [len(figure.axes) for figure in shown] == [1 + len(SPACE), 1, 1 + len(SPACE)]
+    said, _ = told("%nbtrain help")
+    assert said.splitlines()[-1].startswith("herd is a population. It knows: status, start,")
+    assert len(told("%nbtrain help pause")[0].splitlines()) == 1
     said, well = told("%nbtrain plot loss")
     assert not well and 'There are "scores" and "lineage".' in said
     assert told("%nbtrain resume") == told("%nbtrain start")

@@ -10,7 +10,6 @@ too, but without a traceback, unless the user's own code raised.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import symtable
@@ -135,9 +134,7 @@ class NbtrainMagics(Magics):
                 "help": self._help,
             }
             if said.word not in acts:
-                near = difflib.get_close_matches(said.word, WORDS, 1)
-                hint = f"Did you mean %nbtrain {near[0]}?" if near else "%nbtrain help has them all."
-                raise UsageError(f"There is no word {said.word!r}. {hint}")
+                raise telling.no_word(said.word)
             _refuse_for_populations(said.word)
             acts[said.word](said)
 
@@ -186,7 +183,7 @@ class NbtrainMagics(Magics):
     def _plot(self, said: Said) -> None:
         trained = _trained()
         if _is_herd(trained):
-            display(trained.plot(said.name() or "scores"))
+            display(trained.plot("scores" if said.name() in ("", trained.name) else said.name()))
             return
         from nbtrain.session import Session
 
@@ -216,6 +213,8 @@ class NbtrainMagics(Magics):
 
     def _help(self, said: Said) -> None:
         print(telling.help(inspect.cleandoc(self.nbtrain.parser.description), said.name()))
+        if not said.name() and _is_herd(herd := newest()):
+            print(f"\n{herd.name} is a population. It knows: {', '.join(FOR_POPULATIONS)}.")
 
     def _give(self, session: Trained) -> None:
         """Let the user's code have it, under a name that takes nothing away."""
@@ -331,8 +330,7 @@ def _status() -> str:
     trained = newest()
     if trained is None:
         return NO_SESSION
-    tell = telling.population if _is_herd(trained) else telling.status
-    return tell(trained.status())
+    return (telling.population if _is_herd(trained) else telling.status)(trained.status())
 
 
 def _history() -> str:

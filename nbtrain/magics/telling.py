@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import re
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from IPython.core.error import UsageError
 
 from nbtrain.budget import size, words
 from nbtrain.magics.listing import Found
+from nbtrain.magics.said import WORDS
 from nbtrain.recipe import Recipe
 
 NUM_ROWS = 10  # of the history
@@ -28,8 +30,15 @@ def help(text: str, word: str) -> str:
     blocks = re.findall(r"^%%?nbtrain.*\n(?:    .*\n)*", text, flags=re.MULTILINE)
     found = [b for b in blocks if word in b.split("  ")[0].replace(",", " ").split()]
     if not found:
-        raise UsageError(f"There is no word {word!r}. %nbtrain help has them all.")
+        raise no_word(word, "help ")
     return "".join(found).rstrip()
+
+
+def no_word(word: str, behind: str = "") -> UsageError:
+    """Return the error that says which word was perhaps meant, behind another one."""
+    near = difflib.get_close_matches(word.lower(), WORDS, 1)
+    hint = f"Did you mean %nbtrain {behind}{near[0]}?" if near else "%nbtrain help has them all."
+    return UsageError(f"There is no word {word!r}. {hint}")
 
 
 def status(now: dict[str, Any]) -> str:
