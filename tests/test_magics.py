@@ -15,13 +15,14 @@ import pytest
 from herds import SPACE
 from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
-from runs import session
+from runs import build, session
 from traitlets.config import Config
 
 import nbtrain
 from nbtrain import magics
 from nbtrain.host import Host, detect
 from nbtrain.magics import listing
+from nbtrain.magics.said import WORDS
 from nbtrain.schedule import Schedule
 from nbtrain.stores import FolderStore, MemoryStore
 
@@ -81,7 +82,10 @@ class Fake(SimpleNamespace):
     """A session that trains, and notes what it is told."""
 
     def __init__(self, state: str = "running") -> None:
-        super().__init__(name="fake", state=state, heard=[])
+        super().__init__(name="fake", state=state, is_done=False, heard=[])
+
+    def status(self) -> dict[str, Any]:
+        return {"name": self.name, "state": self.state, "step": 1, "own_loop": False}
 
     def __getattr__(self, verb: str) -> Any:
         return lambda *args, **kwargs: self.heard.append((verb, kwargs))
@@ -178,7 +182,7 @@ def test_loading_leaves_the_users_names_alone(shell: InteractiveShell) -> None:
 # ---- words
 
 
-@pytest.mark.parametrize("word", [word for word in magics.WORDS if word != "help"])
+@pytest.mark.parametrize("word", [word for word in WORDS if word != "help"])
 def test_every_word_is_in_the_help(word: str, told: Any) -> None:
     said, is_well = told("%nbtrain help")
     assert is_well
@@ -592,6 +596,23 @@ def test_it_trains_in_the_background_and_pauses_and_goes_on(
     assert told("%nbtrain stop")[1]
     run.wait()
     assert (run.state, run.journal.settings["accumulate"]) == ("stopped", 1)
+
+
+@pytest.mark.parametrize("line", ["start", "start background", "resume"])
+def test_a_loop_of_ones_own_is_not_gone_on_with_by_another_loss(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    task = build()
+    own = {"model": task.model, "optimizer": task.optimizer, "train": task.train}
+    run = nbtrain.Session("own", store=tmp_path, batch_size=4, epochs=9, bar=False, **own)
+    for batch in run:
+        run.update(task.run(batch)[0])
+        run.stop()
+    monkeypatch.setattr(magics, "newest", lambda: run)
+    step = run.step
+    said, well = told(f"%nbtrain {line}")
+    assert not well and "only its cell knows the loss" in said and len(said.splitlines()) == 1
+    assert run.step == step > 0
 
 
 def test_what_is_done_is_not_said_to_train(

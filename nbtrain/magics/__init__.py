@@ -15,7 +15,7 @@ import re
 import symtable
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -27,10 +27,8 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
 from nbtrain.errors import DataError, NbtrainError, TrustError
-from nbtrain.journal import SETTINGS
-from nbtrain.magics import listing, telling
-from nbtrain.magics.said import WORDS, Said, read
-from nbtrain.schedule import DECAYS, WARMUPS
+from nbtrain.magics import completing, listing, telling
+from nbtrain.magics.said import Said, read
 
 if TYPE_CHECKING:
     from nbtrain.population.population import Population
@@ -55,7 +53,7 @@ def load(shell: Any) -> None:
     """Add the magics to a shell; those that are there already stay, with what they know."""
     if NbtrainMagics.__name__ not in shell.magics_manager.registry:
         shell.register_magics(NbtrainMagics)
-        shell.set_hook("complete_command", _complete, str_key="%nbtrain")
+        shell.set_hook("complete_command", completing.complete, str_key="%nbtrain")
 
 
 def unload(shell: Any) -> None:
@@ -280,6 +278,7 @@ def _trained() -> Any:
 
 
 def _train(session: Trained, said: Said) -> None:
+    telling.refuse_a_loop(session.status())
     if said.in_background:
         trains = not session.is_done  # else it says so itself
         session.start()
@@ -374,27 +373,3 @@ def _says_all(error: BaseException) -> bool:
         last = list(traceback.walk_tb(error.__traceback__))[-1][0]
         return Path(last.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
     return not (isinstance(error, DataError) and error.__cause__ is not None)
-
-
-def _complete(shell: Any, event: Any) -> list[str]:
-    """Return what may stand at the cursor behind `%nbtrain`, for IPython's Tab."""
-    before = event.text_until_cursor.split()[1:]
-    typed = "" if event.text_until_cursor[-1:].isspace() or not before else before.pop()
-    known: Sequence[str] = ()
-    match before[:1]:
-        case []:
-            known = WORDS
-        case ["start"]:
-            known = ["background"]
-        case ["resume"]:
-            known = [*listing.names_nearby(), "trust-code", "background", "--trust-code", "--store"]
-        case ["set"]:
-            known = [f"{name}=" for name in (*SETTINGS, "budget")]
-            known += [f"warmup={name}" for name in WARMUPS] + [f"decay={name}" for name in DECAYS]
-        case ["find_lr"]:
-            known = ["low=", "high=", "steps="]
-        case ["list"]:
-            known = ["store=", "--store"]
-    # IPython's own word begins behind the last dash or equals sign.
-    gone = len(typed) - len(event.symbol)
-    return [name[gone:] for name in known if name.startswith(typed)]

@@ -41,6 +41,19 @@ def no_word(word: str, behind: str = "") -> UsageError:
     return UsageError(f"There is no word {word!r}. {hint}")
 
 
+def refuse_a_loop(now: dict[str, Any]) -> None:
+    """Refuse to train what a loop of the user's own has trained, as the panel's button does.
+
+    Raises:
+        UsageError: it would be trained by another loss than that of the loop.
+    """
+    if now.get("own_loop") and now["step"] and now["state"] != "running":
+        raise UsageError(
+            f"{now['name']} is trained by a loop of your own, and only its cell knows the loss: run it."
+            " To train on by the task's loss, write session.run()."
+        )
+
+
 def status(now: dict[str, Any]) -> str:
     """Return what `Session.status` gave, as a few lines."""
     from nbtrain.bar import number  # with widgets, where there are some
