@@ -60,7 +60,8 @@ def _watch(loop: Driven, interrupts: Interrupts, poll: Poller, *, watched: bool)
             interrupts.forget(heard)
             worker, heard = loop.worker, 0
         poll()
-        loop.lines.flush(prints=not watched)
+        if watched or not loop.reason:  # the last words come below the last of the bar
+            loop.lines.flush(prints=not watched)
         if bar.is_due():
             loop.draw(bar)
         if _trains(loop):

@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from runs import Noisy, assert_same_bits, bits, build, in_fresh_process, session
 
 import nbtrain
 from nbtrain import checkpoint, waiting
+from nbtrain.bar import Bar
 from nbtrain.stores import FolderStore
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -172,6 +174,30 @@ def test_lines_of_the_thread_are_printed_where_somebody_waits(
     out = capsys.readouterr().out
     assert "epoch 1: loss" in out and "tiny: done at epoch 2.00" in out
     assert [line.split(":")[0] for line in run.lines] == ["tiny", "epoch 1", "epoch 2", "tiny"]
+
+
+def test_in_a_batch_job_the_last_words_stand_below_the_last_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(tmp_path, bar=True)
+    monkeypatch.setattr(run._opened, "host", replace(run._opened.host, is_batch=True))
+    said, is_due, looked = run._loop.keeping.say_goodbye, Bar.is_due, threading.Semaphore(0)
+
+    def say(*args: Any, **kwargs: Any) -> None:
+        said(*args, **kwargs)
+        # Of two looks from now on, the second is whole.
+        assert looked.acquire(timeout=30) and looked.acquire(timeout=30)
+
+    def look(bar: Bar) -> bool:
+        if run._loop.reason:
+            looked.release()
+        return is_due(bar)
+
+    monkeypatch.setattr(Bar, "is_due", look)
+    monkeypatch.setattr(run._loop.keeping, "say_goodbye", say)
+    run.run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny: ")]
+    assert "samples, loss" in lines[-2] and "done at" in lines[-1]
 
 
 def test_warnings_of_the_thread_are_issued_where_the_user_waits(tmp_path: Path) -> None:
