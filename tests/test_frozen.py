@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from runs import (
     Noisy,
     assert_exact_wherever_cut,
+    assert_same_bits,
     bits,
     session,
 )
@@ -25,7 +27,7 @@ import nbtrain
 from nbtrain import CheckpointError, StoreError, checkpoint, frozen
 from nbtrain.checkpoint import MODEL, Manifest, Snapshot
 from nbtrain.frozen import Frozen, Still
-from nbtrain.stores import FolderStore, MemoryStore, Store
+from nbtrain.stores import FolderStore, KaggleStore, MemoryStore, Store
 
 
 def backbone() -> nbtrain.Task:
@@ -309,3 +311,25 @@ def test_one_session_a_fold_resumes_as_its_own_fold(
     for number in range(2):
         again = nbtrain.resume(f"fold-{number}", store=tmp_path, trust_code=True)
         assert list(again.task.valid.indices)[:2] == [number, number + 2]
+
+
+def test_the_output_of_a_kaggle_version_before_has_it_too(tmp_path: Path) -> None:
+    run = session(tmp_path / "whole", build=backbone).run()
+    expected = bits(run)
+    first, second = tmp_path / "1/working/nbtrain", tmp_path / "2/working/nbtrain"
+    run = session(KaggleStore(first), build=backbone)
+    for batch in run:
+        loss, n, _ = run.task.run(batch)
+        run.update(loss, n=n)
+        if run.step == 4:
+            break
+    for folder in ("a", "b"):
+        shutil.copytree(first.parent, tmp_path / "input" / folder)
+    for path in (tmp_path / "input/a").rglob("frozen-*"):
+        path.unlink()  # this one was brought over by halves
+    kept = sorted((tmp_path / "input/b").rglob("frozen-*"))
+    kept[1].unlink()  # and this one has one of its two
+    run = session(KaggleStore(second, [tmp_path / "input"]), build=backbone).run()
+    assert_same_bits(bits(run), expected)
+    # What is written here is read where nothing else is attached.
+    assert session(KaggleStore(tmp_path / "3", [second]), build=backbone).step == run.step

@@ -8,6 +8,9 @@ side, copies keep no times, and people unpack into any folder::
     /kaggle/input/<slug>/nbtrain/cifar/000004-ab12cd/...                 read, old layout
     /kaggle/input/notebooks/<owner>/<slug>/nbtrain/cifar/000004-ab12cd/  read, new layout
 
+What several checkpoints share lies beside them, and is read from there. It is not listed: the next
+checkpoint gets it into the output too, which is all that the next notebook may have.
+
 Kaggle keeps the output only when the version is saved, so the degree is "local".
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -57,7 +61,11 @@ class KaggleStore(FolderStore):
     def read(self, name: str) -> bytes:
         copy = self._copy_of(name)
         if copy is None:
-            return super().read(name)
+            beside = self._beside(name)
+            if beside is None:
+                return super().read(name)
+            with explained(f"Reading {name}", f"Kaggle's input ({beside.parent})"):
+                return read_file(beside)
         file = split_name(name)[-1]
         with explained(f"Reading {name}", f"Kaggle's input ({copy.folder})"):
             return read_file(copy.folder / file)
@@ -72,6 +80,17 @@ class KaggleStore(FolderStore):
         if mine is not None and (_is_whole(self.root / key, mine) or not copy.is_whole):
             return None
         return copy
+
+    def _beside(self, name: str) -> Path | None:
+        """Return where a file that checkpoints share lies in an input; None where the output has it."""
+        session, _, file = name.rpartition("/")
+        if not _SHARED.fullmatch(file) or os.path.lexists(self.root / name):
+            return None
+        mine = [copy for key, copy in self._copies.items() if key.rpartition("/")[0] == session]
+        for copy in sorted(mine, key=lambda copy: not copy.is_whole):
+            if os.path.isfile(path := copy.folder.parent / file):
+                return path
+        return None
 
     @cached_property
     def _copies(self) -> dict[str, _Copy]:
@@ -101,6 +120,7 @@ class _Copy(NamedTuple):
     is_whole: bool
 
 
+_SHARED = re.compile(r"frozen-[0-9a-f]{16}(-copy)?\.safetensors")
 _MAX_DEPTH = 8
 _MAX_ENTRIES = 1000  # a folder of images: nobody's checkpoints lie in or below it
 _MAX_MANIFEST_BYTES = 1 << 24
@@ -151,6 +171,10 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
     if not isinstance(files, dict) or not all(_is_name(file) for file in files):
         return False
     there = _files(folder)
+    if any(_SHARED.fullmatch(file) for file in files):  # either of its two places will do
+        beside = _files(folder.parent)
+        first = {name.replace("-copy.", "."): size for name, size in beside.items()}
+        there |= {name: size for name, size in (first | beside).items() if _SHARED.fullmatch(name)}
     return all(
         isinstance(entry, dict) and there.get(file) == entry.get("bytes")
         for file, entry in files.items()
