@@ -126,7 +126,9 @@ class Reading:
 
     def _refuse_two_schedules(self) -> None:
         for name, part in self.task.parts.items():
-            if isinstance(part, LRScheduler) and self.journal.writes_rates:
+            # One of a critic's optimizer, say, is no concern of the session's.
+            is_over_ours = getattr(part, "optimizer", None) is self.task.optimizer
+            if isinstance(part, LRScheduler) and is_over_ours and self.journal.writes_rates:
                 raise ValueError(
                     f"There are two schedules: the part {name!r}, and the session's own "
                     "(warmup_epochs, decay, base_lr). Leave one of them out."

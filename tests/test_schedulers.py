@@ -229,6 +229,25 @@ def test_another_class_is_refused_and_another_option_told(tmp_path: Path) -> Non
     assert run.task.scheduler.step_size == 2
 
 
+def test_one_of_another_optimizer_is_no_second_schedule(tmp_path: Path) -> None:
+    def with_critic() -> nbtrain.Task:
+        task, critic = build(), torch.nn.Linear(6, 1)
+        optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        task.parts = {"critic": critic, "critic_optimizer": optimizer, "critic_scheduler": scheduler}
+        return task
+
+    run = session(tmp_path, build=with_critic)
+    rates = []
+    for batch in run:
+        run.task.parts["critic_optimizer"].step()
+        run.task.parts["critic_scheduler"].step()
+        loss, n, _ = run.task.run(batch)
+        run.update(loss, n=n)
+        rates.append(run.task.parts["critic_optimizer"].param_groups[0]["lr"])
+    assert len(set(rates)) > 1 and len(set(run.history["lr"])) > 1
+
+
 def test_the_session_writes_no_rates_beside_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two schedules"):
         opened(tmp_path, "LambdaLR", warmup_epochs=1)
