@@ -143,15 +143,17 @@ def copy(manifest: Manifest, store: Store, sure: set[tuple[str, str]] | None = N
     there = Manifest(manifest.session, manifest.id, manifest.facts, manifest.files, store)
     shared = manifest.shared
     present = set(store.list(f"{manifest.session}/{manifest.id}"))
-    if manifest.path(MANIFEST) not in present:
+    is_there = (receipt := there.path(MANIFEST)) in present
+    if not is_there or _read_manifest(store, receipt, told=True) is None:
         # All is read before the slow writing begins: meanwhile retention may remove it over there.
         payload = {name: read(manifest, name) for name in manifest.files if name != shared}
         if shared is not None:
             sure = set() if sure is None else sure
             frozen.keep(store, manifest.session, shared, lambda: read(manifest, shared), sure)
+        remove(store, present if is_there else ())  # a kill has cut the receipt off
         for name, data in payload.items():
             store.write(there.path(name), data)
-        store.write(there.path(MANIFEST), _manifest_bytes(manifest))
+        store.write(receipt, _manifest_bytes(manifest))
     return there
 
 

@@ -61,7 +61,8 @@ class Keeping:
         self._kernel = self._opened.fingerprint(self._live)
         if self._opened.replay is not None:
             self._opened.replay.rewind(self._live.progress)
-        self._lines.say(hello(self._name, self._opened.stores[-1].place, at, notes))
+        place = self._opened.stores[0 if self.saver.is_behind else -1].place
+        self._lines.say(hello(self._name, place, at, notes))
 
     def fall_back(self) -> None:
         """Be what was saved last, where what is alive is torn, and say what that costs.
@@ -118,6 +119,15 @@ class Keeping:
             if self.is_fresh:
                 self.saver.wait(copies=False)
                 self.heed()
+
+    def catch_up(self) -> None:
+        """Copy what was loaded, where there is nothing left to train and a kill came before its copy.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        if self.saver.catch_up():
+            self.finish()
 
     def finish(self) -> None:
         """Wait for what was requested, the copy too for as long as the budget lasts.

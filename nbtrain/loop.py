@@ -145,6 +145,7 @@ class Loop(Driven):
         live = self.live
         if live.is_done:
             self.state, self.reason = "done", live.end
+            self.keeping.catch_up()
             self._say_goodbye()
             return
         with self._running():

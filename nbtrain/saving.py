@@ -84,12 +84,13 @@ class Saved:
     place: str
     num_bytes: int
     at: float
+    number: int
 
 
 def _saved(manifest: Manifest) -> Saved:
     facts, store = manifest.facts, manifest.store
     at = float(facts.get("at", 0.0))
-    return Saved(int(facts["step"]), store.degree, store.place, manifest.num_bytes, at)
+    return Saved(int(facts["step"]), store.degree, store.place, manifest.num_bytes, at, manifest.number)
 
 
 class Saver:
@@ -131,6 +132,9 @@ class Saver:
         self._commits: Latest[Snapshot] = Latest(self._commit)
         self._copies: Latest[Manifest] = Latest(self._copy)
         self.saved: dict[str, Saved] = {}
+        far = {m.id for m in found if m.store is self._far}
+        is_behind = newest is not None and self._far is not None and newest.id not in far
+        self._uncopied = newest if is_behind else None
         self._loaded = [] if newest is None or "at" not in newest.facts else [_saved(newest)]
 
     def next_number(self) -> int:
@@ -141,6 +145,13 @@ class Saver:
     def request(self, snapshot: Snapshot) -> None:
         """Commit a snapshot soon; one with a validation is not replaced by a newer one."""
         self._commits.submit(snapshot, needed=judging.score(snapshot.facts) is not None)
+
+    def catch_up(self) -> bool:
+        """Copy what was loaded to the store, where a kill came before its copy; say whether it did."""
+        loaded, self._uncopied = self._uncopied, None
+        if loaded is not None:
+            self._copies.submit(loaded)
+        return loaded is not None
 
     def wait(self, *, copies: bool = True, timeout_s: float | None = None) -> bool:
         """Wait for what was requested; False when the time ran out before the copy was done."""
@@ -165,8 +176,12 @@ class Saver:
         """Bytes that are committed on this machine and not yet in the store."""
         if self._far is None:
             return 0
+        if not self.saved and self._uncopied is not None:
+            return self._uncopied.num_bytes
         near, far = (self.saved.get(store.place) for store in (self._near, self._far))
-        return near.num_bytes if near is not None and (far is None or far.at < near.at) else 0
+        # By number: a slow copy of an older one may have ended after the newest was committed.
+        is_behind = near is not None and (far is None or far.number < near.number)
+        return near.num_bytes if near is not None and is_behind else 0
 
     def rival(self) -> str | None:
         """Say, once, that another process has committed to this session since it was opened."""
@@ -179,8 +194,24 @@ class Saver:
         )
 
     def best(self) -> Manifest | None:
-        """Return the checkpoint with the best score, near or far."""
-        return checkpoint.best_of(m for place in self._good for m in self._known(place))
+        """Return the checkpoint with the best score, from the nearest place that has it."""
+        known = [m for place in self._good for m in self._known(place)]
+        return checkpoint.best_of(reversed(known))  # of one number it takes the last
+
+    def load_best(self, best: Manifest) -> Snapshot:
+        """Read the best one, from the nearest place where it is whole.
+
+        Raises:
+            CheckpointError: it is so in none.
+        """
+        known = [m for place in self._good for m in self._known(place) if m.id == best.id]
+        places = {m.store.place: m for m in known}
+        return checkpoint.load_newest(places.values())[1]
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what was loaded is on this machine alone."""
+        return self._uncopied is not None
 
     def _known(self, place: str) -> list[Manifest]:
         return list(filter(None, (*self._good[place], self._best[place])))
@@ -196,7 +227,7 @@ class Saver:
 
     def _copy(self, manifest: Manifest) -> None:
         assert self._far is not None
-        began = self._budget.clock()
+        self._uncopied, began = None, self._budget.clock()
         self._note(checkpoint.copy(manifest, self._far, self._sure))
         best = self.best()
         there = {m.id for m in self._known(self._far.place)}

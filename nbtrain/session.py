@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nbtrain import (
     auditing,
-    checkpoint,
     finding,
     growth,
     host,
@@ -360,7 +359,7 @@ class Session(Facts):
                 "There is no best yet: no epoch with validation was saved. "
                 f"Give valid=, or session.log({self._live.judging.metric}=...)."
             )
-        found = checkpoint.load(manifest)
+        found = saver.load_best(manifest)
         return parts.model_of(self.task, found.model, found.tensors, found.state["trees"]).eval()
 
     def status(self) -> dict[str, Any]:

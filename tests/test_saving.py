@@ -15,7 +15,7 @@ import torch
 from runs import build, session
 
 import nbtrain
-from nbtrain import NbtrainWarning, StoreError, checkpoint
+from nbtrain import NbtrainWarning, StoreError, checkpoint, opening
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Snapshot
 from nbtrain.keeping import Keeping
@@ -319,6 +319,50 @@ def test_the_best_of_an_earlier_kernel_is_known_kept_and_never_copied_again(
     assert good(far) == [11, 10, 9]
 
 
+def test_the_best_is_read_from_the_nearest_place_that_has_it_whole(near: Place, far: Place) -> None:
+    saver = open_saver(near, far)
+    save(saver, 0.1, None)
+    best = saver.best()
+    assert best is not None and best.store is near
+    far._files.clear()  # the mount is gone
+    assert saver.load_best(best).number == 1
+    save(saver, 0.05)
+    best = saver.best()
+    assert best is not None and best.number == 3
+    near._files[best.path("state.json")] = b"{"
+    with pytest.warns(NbtrainWarning, match="000003.* in memory of this process .near. is damaged"):
+        assert saver.load_best(best).number == 3
+
+
+def test_a_copy_whose_receipt_a_kill_has_cut_off_is_made_again(near: Place, far: Place) -> None:
+    save(open_saver(near, far), 0.1)
+    [torn] = checkpoint.find([far], "s")
+    name = torn.path(MANIFEST)
+    far._files[name] = far._files[name][:50]
+    with pytest.warns(NbtrainWarning, match="cannot be read"):
+        saver = open_saver(near, far)
+    assert saver.is_behind and saver.pending_bytes == torn.num_bytes
+    save(saver, 0.2)
+    assert good(far) == [2, 1]
+    assert not saver.is_behind and saver.pending_bytes == 0
+
+
+def test_what_is_not_copied_yet_is_told_whatever_ended_last(near: Place, far: Place) -> None:
+    saver = open_saver(near, far)
+    far.let.clear()
+    saver.request(snapshot(saver))
+    assert far.hangs.wait(WAIT_S)
+    saver.request(snapshot(saver))
+    saver.wait(copies=False)
+    newest = checkpoint.find([near], "s")[0].num_bytes
+    assert saver.pending_bytes == newest
+    saver._note(checkpoint.copy(checkpoint.find([near], "s")[1], Place("far")))  # of the older one
+    assert saver.pending_bytes == newest
+    far.let.set()
+    assert saver.wait(timeout_s=WAIT_S)
+    assert saver.pending_bytes == 0
+
+
 def test_a_new_machine_goes_on_numbering_where_the_far_place_is(near: Place, far: Place) -> None:
     save(open_saver(near, far), None, None, None)
     saver = open_saver(Place("another machine"), far)
@@ -407,6 +451,26 @@ def test_a_far_place_that_refuses_later_is_warned_of_and_training_goes_on(remote
     remote.refuses = False
     run.save()
     assert steps(remote)[0] == 6
+
+
+def test_a_run_that_was_done_before_its_last_copy_is_copied_when_it_is_run_again(
+    remote: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(Path(), store=remote, budget=None).run()
+    last = checkpoint.find([remote], "tiny")[0]
+    for manifest in checkpoint.find([remote], "tiny"):  # the kernel was killed before its copy
+        if manifest.facts["step"] == 6:
+            checkpoint.remove(remote, remote.list(f"tiny/{manifest.id}"))
+    monkeypatch.setattr(opening, "IMPORTED", "another kernel")
+    opening._open.clear()
+    run = session(Path(), store=remote, budget=None)
+    near = run._opened.stores[0].place
+    assert run.step == 6 and steps(remote)[0] == 3
+    assert f"from {near}." in run.lines[-1] and run.status()["pending_bytes"] == last.num_bytes
+    assert run.run().state == "done"
+    assert steps(remote)[0] == 6 and run.status()["pending_bytes"] == 0
+    remote.asked = []
+    assert run.run().state == "done" and remote.asked == []
 
 
 def test_a_place_that_refuses_for_a_while_costs_checkpoints_and_no_steps() -> None:
