@@ -119,11 +119,13 @@ class Journal:
             self._edits.append((step, progress, by, changes))
         return made
 
-    def rebase(self, step: int, progress: float, by: str, group_lrs: Sequence[float]) -> None:
+    def rebase(self, step: int, progress: float, by: str, group_lrs: Sequence[float]) -> list[Entry]:
         """Let the optimizer's groups have been built with other rates, from this step on."""
-        self.entries.append(Entry(step, progress, "group_lrs", self.group_lrs, list(group_lrs), by))
+        made = [Entry(step, progress, "group_lrs", self.group_lrs, list(group_lrs), by)]
+        self.entries += made
         self._edits.append((step, progress, by, {"group_lrs": list(group_lrs)}))
         self.group_lrs = list(group_lrs)
+        return made
 
     def observe(
         self,

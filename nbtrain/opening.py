@@ -40,7 +40,7 @@ from nbtrain.errors import (
     explain,
 )
 from nbtrain.forward import Forward, chosen, use_tf32
-from nbtrain.journal import SETTINGS
+from nbtrain.journal import SETTINGS, Entry
 from nbtrain.judging import Judging
 from nbtrain.live import Live
 from nbtrain.population import replaying
@@ -231,10 +231,8 @@ class Opened(Ground):
             for name in SETTINGS
             if name in self.arguments and self.arguments[name] != before.get(name)
         }
-        is_other = self._groups != state["group_lrs"] and not live.journal.scheduler
-        if is_other and len(self._groups) == len(state["group_lrs"]):
-            changes["lr"] = self._groups[0]
-        made = live.journal.edit(live.step, live.progress, "cell", **changes)
+        made = self._regrouped(state["group_lrs"], live, changes)
+        made += live.journal.edit(live.step, live.progress, "cell", **changes)
         then = traced(before)
         for name, value in traced(self.arguments).items():
             made += live.journal.note(live.step, live.progress, "cell", name, then[name], value)
@@ -249,6 +247,24 @@ class Opened(Ground):
         # Last: the micro-batch is what the cell has just made it.
         live.grade = grades.compare(state.get("fingerprint"), self.fingerprint(live))
         return notes
+
+    def _regrouped(self, before: list[float], live: Live, changes: dict[str, Any]) -> list[Entry]:
+        """Write down that the optimizer's groups are built with other rates than they were.
+
+        Args:
+            before: What they were built with.
+            live: Has the journal.
+            changes: Of settings; added to where the first group's rate is another.
+        """
+        here, journal = self._groups, live.journal
+        if here == before or journal.scheduler or len(here) != len(before):
+            return []
+        made = []
+        if not schedulers.is_scaled(before, here):
+            made = journal.rebase(live.step, live.progress, "cell", here)
+        if here[0] != before[0] or not journal.writes_rates:
+            changes["lr"] = here[0]
+        return made
 
     def refuse_length(self, live: Live) -> None:
         """Refuse a scheduler that ends before the run does.

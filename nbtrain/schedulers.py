@@ -11,6 +11,7 @@ Here the session's own rates are written too, and told apart from those that the
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -134,6 +135,12 @@ def written(group: Mapping[str, Any]) -> set[str]:
 def scales(optimizer: Optimizer) -> list[float]:
     """Return what each group's rate is to be multiplied by: `lr_scale`, timm's way of layer decay."""
     return [float(group.get("lr_scale", 1.0)) for group in optimizer.param_groups]
+
+
+def is_scaled(before: Sequence[float], here: Sequence[float]) -> bool:
+    """Whether the groups' rates are what they were, but for one factor."""
+    shares = [[lr / rates[0] if rates[0] else lr for lr in rates] for rates in (before, here)]
+    return all(map(math.isclose, *shares))
 
 
 def write(optimizer: Optimizer, rates: Sequence[float]) -> None:

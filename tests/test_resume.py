@@ -430,3 +430,39 @@ def test_accumulation_alone_gives_the_bits_of_a_plain_loop_when_it_is_one(tmp_pa
         plain.optimizer.step()
     for one, other in zip(run.task.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("plan", [{}, {"warmup_epochs": 0, "decay": "constant"}])
+def test_a_rate_that_the_cell_changes_for_one_group_is_a_change_from_there_on(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    def opened(*rates: float) -> nbtrain.Session:
+        def grouped() -> nbtrain.Task:
+            task = build()
+            layers = [task.model.get_submodule(name) for name in "014"]
+            groups = [{"params": m.parameters(), "lr": r} for m, r in zip(layers, rates, strict=True)]
+            task.optimizer = torch.optim.SGD(groups, lr=0.1)
+            return task
+
+        return session(tmp_path, build=grouped, epochs=3, **plan)
+
+    def shares(run: nbtrain.Session, until: int) -> list[float]:
+        for batch in run:
+            loss, n, _ = run.task.run(batch)
+            run.update(loss, n=n)
+            if run.step == until:
+                break
+        lrs = [group["lr"] for group in run.task.optimizer.param_groups]
+        return [lr / lrs[0] for lr in lrs]
+
+    assert shares(opened(0.1, 0.01, 0.01), 2) == pytest.approx([1, 0.1, 0.1])
+    run = opened(0.1, 0.001, 0.01)
+    assert "group_lrs: [0.1, 0.01, 0.01] -> [0.1, 0.001, 0.01]" in run.lines[-1]
+    assert shares(run, 4) == pytest.approx([1, 0.01, 0.1])
+    run = opened(0.1, 0.001, 0.01)
+    assert "group_lrs" not in run.lines[-1] and run.lr == run.journal.rates(run.progress)[0]
+    assert shares(run, 5) == pytest.approx([1, 0.01, 0.1])
+    run = opened(0.05, 0.0005, 0.005)  # all of them by one factor
+    assert shares(run, 6) == pytest.approx([1, 0.01, 0.1])
+    assert [e.what for e in run.journal.entries if e.what == "group_lrs"] == ["group_lrs"]
+    assert run.journal.peak_lr == 0.05
