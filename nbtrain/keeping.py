@@ -111,6 +111,11 @@ class Keeping:
         self.saver.request(Snapshot(number, model, tensors, state, recipe, facts, still))
         self._saved_at, self._place, self._reason = self._opened.clock(), live.place, reason
 
+    def secure(self) -> None:
+        """Save what somebody has set: after a kill the steps come again, but nobody sets it again."""
+        if not self._live.is_torn and not (self.is_fresh and self._saved_at == -math.inf):
+            self.request("")
+
     def begin(self) -> None:
         """Save before the first step: the place of a new session is tried out now, not at hour one."""
         self._is_back = False

@@ -120,8 +120,9 @@ class Loop(Driven):
             self.keeping.say_saved()
 
     def set(self, changes: dict[str, Any]) -> None:
-        """Change settings at the next boundary."""
-        self.order("set", lambda: self._edit(changes))
+        """Change settings at the next boundary; what the loop's own body sets, it will set again."""
+        is_told = self._thread is None or self.runs_elsewhere or self._poll.is_handling
+        self.order("set", lambda: self._edit(changes, is_told=is_told))
 
     def leave(self) -> None:
         """End a loop of this thread that an error in a cell has left behind."""
@@ -302,9 +303,7 @@ class Loop(Driven):
         return not self.reason
 
     def _tell(self, at: str, written: dict[str, float], is_validated: bool, num_entries: int) -> None:
-        loss = number(
-            written.get("train_loss", self.live.loss)
-        )  # the epoch's mean, or the last window's
+        loss = number(written.get("train_loss", self.live.loss))  # of the epoch, or the last window
         others = [f"{name} {number(value)}" for name, value in written.items() if name != "train_loss"]
         whose = " (of the EMA)" if is_validated and self.live.task.ema is not None else ""
         self.lines.say(f"{at}: {', '.join([f'loss {loss}', *others])}{whose}")
@@ -391,11 +390,14 @@ class Loop(Driven):
             self._is_save_asked = False
             self.keeping.request(self.reason)
 
-    def _edit(self, changes: dict[str, Any]) -> None:
+    def _edit(self, changes: dict[str, Any], *, is_told: bool) -> None:
         live, epochs = self.live, changes.get("epochs")
+        num_entries = len(live.journal.entries)
         if epochs is not None and live.position:  # an epoch that is under way is the last one at least
             changes = changes | {"epochs": max(epochs, live.epoch + 1)}
         try:
             live.edit(changes)
         except ValueError as error:  # two changes, each of which could be made alone
             self.lines.warn(f"Not set: {error}")
+        if is_told and len(live.journal.entries) > num_entries:
+            self.keeping.secure()

@@ -126,6 +126,11 @@ class Poller:
             self._is_inside = False
         return num_handled
 
+    @property
+    def is_handling(self) -> bool:
+        """Whether a message is being handled right now."""
+        return self._is_inside
+
     def wait(self, timeout_s: float, *others: socket.socket) -> None:
         """Sleep until a message has come, or another socket has something, or it is time."""
         # Each waking takes the interpreter's lock from the training: none that brings nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import threading
 import time
@@ -154,6 +155,33 @@ def test_pause_keeps_the_workers_and_stop_ends_them(tmp_path: Path) -> None:
             order()
         alive = run._opened.train._torch._iterator is not None
         assert alive == (run.state == "paused")
+
+
+def test_what_somebody_sets_is_not_lost_by_a_kill_before_the_next_save(tmp_path: Path) -> None:
+    def after_a_kill(run: nbtrain.Session) -> Any:
+        run._loop.keeping.saver.wait()
+        copied = tmp_path / f"killed-{run.step}-{run.state}-{len(run.journal.entries)}"
+        shutil.copytree(tmp_path / "run", copied)
+        return session(copied, accumulate=1).journal.settings["lr"]
+
+    run = session(tmp_path / "run", accumulate=1)
+    run.set(lr=0.9)  # of a session that nowhere is
+    assert not (tmp_path / "run").exists()
+    told = threading.Thread(target=lambda: run.set(lr=0.8))
+    for batch in run:
+        loss, _, _ = run.task.run(batch)
+        if run.step == 1 and told.ident is None:
+            told.start()
+            told.join()
+        run.update(loss)
+        if run.step == 3:
+            assert after_a_kill(run) == 0.8
+            run.set(lr=0.7)  # the body itself, which does so again
+        if run.step == 4:
+            assert after_a_kill(run) == 0.8
+            break
+    run.set(lr=0.6)
+    assert after_a_kill(run) == 0.6
 
 
 def test_orders_from_another_thread_are_obeyed_at_the_next_boundary(tmp_path: Path) -> None:
