@@ -126,12 +126,14 @@ class Keeping:
                 self.heed()
 
     def catch_up(self) -> None:
-        """Copy what was loaded, where there is nothing left to train and a kill came before its copy.
+        """Make up for a save that failed or was cut off, where there is nothing left to train.
 
         Raises:
             StoreError: the store refused.
         """
-        if self.saver.catch_up():
+        if is_failing := self.saver.is_failing:
+            self.request("")
+        if is_failing or self.saver.catch_up():
             self.finish()
 
     def finish(self) -> None:

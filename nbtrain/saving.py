@@ -227,7 +227,7 @@ class Saver:
 
     def _copy(self, manifest: Manifest) -> None:
         assert self._far is not None
-        self._uncopied, began = None, self._budget.clock()
+        began = self._budget.clock()
         self._note(checkpoint.copy(manifest, self._far, self._sure))
         best = self.best()
         there = {m.id for m in self._known(self._far.place)}
@@ -239,6 +239,8 @@ class Saver:
     def _note(self, manifest: Manifest) -> None:
         self._good[manifest.store.place].append(manifest)
         self._mine.add(manifest.id)
+        if manifest.store is self._far:
+            self._uncopied = None
         self.saved[manifest.store.place] = replace(_saved(manifest), at=time.time())
 
     def _retain(self, store: Store) -> None:

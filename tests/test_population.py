@@ -20,7 +20,7 @@ from runs import in_fresh_process, session
 from torch import nn
 
 import nbtrain
-from nbtrain import checkpoint
+from nbtrain import checkpoint, opening
 from nbtrain.errors import (
     CheckpointError,
     DataError,
@@ -813,3 +813,35 @@ def test_on_a_device_that_stays_full_micro_batches_are_halved(tmp_path: Path) ->
     assert found.state == "done" and not any(row["error"] for row in found.history)
     rooms = [m.live.rooms["cpu"] for m in found._rounds.members if m.live is not None]
     assert rooms and max(rooms) <= 4
+
+
+class Far(FolderStore):
+    """A mount that takes so many files, and then no more."""
+
+    is_remote, room = True, 25
+
+    def write(self, name: str, data: Any) -> None:
+        if not self.room:
+            raise StoreError("The mount is gone.")
+        self.room -= 1
+        super().write(name, data)
+
+
+@pytest.mark.filterwarnings("ignore:A save failed")
+def test_one_that_was_done_before_its_last_copies_is_copied_when_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
+    far = Far(tmp_path / "far")
+    with pytest.raises(StoreError, match="mount is gone"):
+        population(far).run()
+    monkeypatch.setattr(opening, "IMPORTED", "another kernel")
+    opening._open.clear()
+    far.room = 1000
+    found = population(far)
+    expected, behind = bits(found), found.status()["pending_bytes"]
+    assert behind and str(tmp_path / "machine") in found.lines[-1]
+    assert found.run().state == "done" and found.status()["pending_bytes"] == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    opening._open.clear()
+    assert_same_bits(bits(population(far)), expected)

@@ -448,8 +448,10 @@ def test_a_far_place_that_refuses_later_is_warned_of_and_training_goes_on(remote
     assert run.is_done and run.state == "done"
     assert steps(run._opened.stores[0])[0] == run.step == 6
     assert steps(remote) == [0]
+    with pytest.raises(StoreError, match="is full"):
+        run.run()
     remote.refuses = False
-    run.save()
+    assert run.run().state == "done"
     assert steps(remote)[0] == 6
 
 

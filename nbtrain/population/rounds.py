@@ -76,7 +76,8 @@ class Rounds(Driven):
         self._look_around()
         self.grade, self._from = founded.grade, None if founded.is_new else self._at
         where = self._from and self._graded(self._from)
-        self.lines.say(hello(name, ground.stores[-1].place, where, founded.notes))
+        place = ground.stores[0 if self.shelf.is_behind else -1].place
+        self.lines.say(hello(name, place, where, founded.notes))
         if founded.is_new:
             for note in founded.notes:
                 self.lines.say(f"{name}: {note}.")
@@ -86,6 +87,7 @@ class Rounds(Driven):
         if self.is_done:
             if self.shelf.is_failing:
                 self.storing.note()
+            self.storing.catch_up()
             self.state = self.reason = "done"
             self._say_goodbye()
             return

@@ -100,6 +100,15 @@ class Storing:
         if (rival := self._shelf.rival()) is not None:
             self._lines.warn(rival)
 
+    def catch_up(self) -> None:
+        """Copy what was loaded, where there is nothing left to train and a kill came before its copy.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        if self._shelf.catch_up():
+            self.finish()
+
     def finish(self) -> None:
         """Wait for what was requested, the copy too for as long as the budget lasts.
 
