@@ -79,11 +79,15 @@ class Budget:
         limit_s: Seconds that may pass since the machine's start; None for no limit.
         elapsed_s: Seconds that have passed already.
         clock: Monotonic seconds, counting those in which the machine was suspended.
+
+    Attributes:
+        working: Monotonic seconds for what is observed: a lid that was closed has cost neither a
+            window nor a save so much.
     """
 
     def __init__(self, limit_s: float | None, elapsed_s: float, clock: Callable[[], float]) -> None:
         self.limit_s = limit_s
-        self.clock = clock
+        self.clock = self.working = clock
         self._origin = clock() - elapsed_s
         self._seen: dict[str, deque[float]] = {}
 

@@ -179,7 +179,7 @@ class Loop(Driven):
         while self._boundary() and (window := live.next_window()) is not None:
             if live.judging.is_due(live.step, live.history.epochs) and not self._validate_within():
                 continue
-            began = opened.clock()
+            began = self._budget.working()
             live.begin(window)
             settings = live.journal.settings
             size, epochs = settings["batch_size"], settings["epochs"]
@@ -212,7 +212,7 @@ class Loop(Driven):
                 live.enter(None, time.time())
             for text in opened.train.told():
                 self.lines.say(text)
-            took_s = opened.clock() - began
+            took_s = self._budget.working() - began
             live.train_s += took_s
             self._budget.observe("window", took_s)
         # What the user's body draws now is the same after a cut as without one.
@@ -313,7 +313,7 @@ class Loop(Driven):
     def _validate(self, loader: Loader) -> dict[str, float] | None:
         if not self._may_go_on("validation"):
             return None
-        opened, live, began = self._opened, self.live, self._opened.clock()
+        opened, live, began = self._opened, self.live, self._budget.working()
         try:
             metrics = validate(
                 live.task,
@@ -331,7 +331,7 @@ class Loop(Driven):
             self.lines.say(memory.give_way_in_validation(error, live.rooms, model, size))
             return self._validate(loader)
         if metrics is not None:
-            self._budget.observe("validation", opened.clock() - began)
+            self._budget.observe("validation", self._budget.working() - began)
         return metrics
 
     def _rest(self) -> None:

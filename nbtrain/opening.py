@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -78,6 +79,8 @@ class Ground:
         self.host = host.detect()
         self.clock = clock or host.boot_clock
         self.budget, self.clock_words = make_budget(self.host, budget, started_at, self.clock)
+        if clock is None:
+            self.budget.working = time.monotonic
         self.store, self.stores = store, stores(store, self.host)
         refuse_second(name, self)  # before `build`, whose random numbers would go into the training
         self.build = build

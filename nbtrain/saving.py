@@ -217,24 +217,24 @@ class Saver:
         return list(filter(None, (*self._good[place], self._best[place])))
 
     def _commit(self, snapshot: Snapshot) -> None:
-        began = self._budget.clock()
+        began = self._budget.working()
         manifest = checkpoint.commit(self._near, self._session, snapshot, self._sure)
         self._note(manifest)
         if self._far is not None:
             self._copies.submit(manifest)
         self._retain(self._near)
-        self._budget.observe("save", self._budget.clock() - began)
+        self._budget.observe("save", self._budget.working() - began)
 
     def _copy(self, manifest: Manifest) -> None:
         assert self._far is not None
-        began = self._budget.clock()
+        began = self._budget.working()
         self._note(checkpoint.copy(manifest, self._far, self._sure))
         best = self.best()
         there = {m.id for m in self._known(self._far.place)}
         if best is not None and best.id not in there:
             self._good[self._far.place].append(checkpoint.copy(best, self._far, self._sure))
         self._retain(self._far)
-        self._budget.observe("mirror", self._budget.clock() - began)
+        self._budget.observe("mirror", self._budget.working() - began)
 
     def _note(self, manifest: Manifest) -> None:
         self._good[manifest.store.place].append(manifest)

@@ -26,7 +26,7 @@ from runs import (
 )
 
 import nbtrain
-from nbtrain import checkpoint
+from nbtrain import checkpoint, host
 from nbtrain.errors import TaskError
 from nbtrain.stores import FolderStore, MemoryStore
 
@@ -155,6 +155,22 @@ def test_pause_keeps_the_workers_and_stop_ends_them(tmp_path: Path) -> None:
             order()
         alive = run._opened.train._torch._iterator is not None
         assert alive == (run.state == "paused")
+
+
+def test_a_lid_that_was_closed_in_a_window_has_cost_no_window_so_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed_s = [0.0]
+    monkeypatch.setattr(host, "boot_clock", lambda: time.monotonic() + closed_s[0])
+    run = session(tmp_path, budget="9h")
+
+    def close(*_: Any) -> None:
+        closed_s[0] = 5 * 3600.0 if run.step >= 2 else 0.0
+
+    run.task.model.register_forward_pre_hook(close)
+    assert run.run().state == "done"
+    assert 3 * 3600 < run.status()["budget_left_s"] < 4 * 3600
+    assert run.budget.cost_s("window") < 600
 
 
 def test_what_somebody_sets_is_not_lost_by_a_kill_before_the_next_save(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ class Rounds(Driven):
             if member.turn != turn:
                 self._wake(member, turn, found)
             del found
-            observe, clock = self._budget.observe, self._ground.clock
+            observe, clock = self._budget.observe, self._budget.working
             done = member.slice(self._ground.arguments["metric"], self._proceed, observe, clock)
             if done is None:
                 return False

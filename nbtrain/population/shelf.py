@@ -66,7 +66,7 @@ class Shelf(Saver):
 
         One that may not waits for the commit before it: a kill never costs two slices that were over.
         """
-        self._asked_at[snapshot.number] = self._budget.clock()
+        self._asked_at[snapshot.number] = self._budget.working()
         is_part = snapshot.facts["partial"]
         if not is_part:
             self._commits.join()
@@ -119,13 +119,13 @@ class Shelf(Saver):
         if self._far is not None:
             self._copies.submit(manifest)
         # With the wait for the one before it: the last save of all may have to wait too.
-        self._budget.observe("save", self._budget.clock() - self._asked_at[snapshot.number])
+        self._budget.observe("save", self._budget.working() - self._asked_at[snapshot.number])
         self._asked_at = {n: at for n, at in self._asked_at.items() if n > snapshot.number}
 
     def _copy(self, manifest: Manifest) -> None:
         """Make the far place one that this checkpoint can be gone on from."""
         assert self._far is not None
-        far, began = self._far, self._budget.clock()
+        far, began = self._far, self._budget.working()
         with self._lock:
             wanted = _needs(manifest.facts)
             there = {_key(m) for m in self._held[far.place]}
@@ -143,7 +143,7 @@ class Shelf(Saver):
             with self._lock:
                 self._pinned = set()
         self._retain(far)
-        self._budget.observe("mirror", self._budget.clock() - began)
+        self._budget.observe("mirror", self._budget.working() - began)
 
     def _note(self, manifest: Manifest) -> None:
         super()._note(manifest)
