@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import dropwhile
 from typing import Generic, TypeVar
@@ -17,7 +17,8 @@ from typing import Generic, TypeVar
 from nbtrain import checkpoint, judging
 from nbtrain.budget import Budget
 from nbtrain.checkpoint import Manifest, Snapshot
-from nbtrain.stores import Store
+from nbtrain.errors import StoreError
+from nbtrain.stores import KaggleStore, Store
 
 T = TypeVar("T")
 
@@ -121,6 +122,7 @@ class Saver:
         self._budget = budget
         self._numbers = self._opened_at = max((m.number for m in found), default=0)
         self._mine: set[str] = set()
+        self._brought: set[str] = set()
         self._rivals: set[str] = set()
         self._has_told = False
         self._sure: set[tuple[str, str]] = set()
@@ -223,6 +225,8 @@ class Saver:
         if self._far is not None:
             self._copies.submit(manifest)
         self._retain(self._near)
+        best = checkpoint.best_of(self._known(self._near.place))
+        self._bring([] if best is None else [best])
         self._budget.observe("save", self._budget.working() - began)
 
     def _copy(self, manifest: Manifest) -> None:
@@ -235,6 +239,25 @@ class Saver:
             self._good[self._far.place].append(checkpoint.copy(best, self._far, self._sure))
         self._retain(self._far)
         self._budget.observe("mirror", self._budget.working() - began)
+
+    def _bring(self, manifests: Iterable[Manifest]) -> None:
+        """See that these are in Kaggle's output too: the next notebook may have no other of its inputs.
+
+        Raises:
+            StoreError: it refused; the next save tries again.
+            CheckpointError: one is damaged; that is told once.
+        """
+        if not isinstance(self._near, KaggleStore):
+            return
+        for manifest in manifests:
+            if manifest.id in self._mine | self._brought:
+                continue
+            self._brought.add(manifest.id)
+            try:
+                checkpoint.copy(manifest, self._near.output, self._sure)
+            except StoreError:
+                self._brought.discard(manifest.id)
+                raise
 
     def _note(self, manifest: Manifest) -> None:
         self._good[manifest.store.place].append(manifest)

@@ -32,7 +32,7 @@ from nbtrain.errors import (
     TrustError,
 )
 from nbtrain.population.rounds import Rounds
-from nbtrain.stores import FolderStore
+from nbtrain.stores import FolderStore, KaggleStore
 
 
 @pytest.fixture(scope="module")
@@ -845,3 +845,25 @@ def test_one_that_was_done_before_its_last_copies_is_copied_when_it_is_run_again
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     opening._open.clear()
     assert_same_bits(bits(population(far)), expected)
+
+
+def test_the_output_of_each_kaggle_version_is_enough_for_the_next(
+    whole: nbtrain.Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slices(version: int, number: int) -> nbtrain.Population:
+        monkeypatch.setattr(opening, "IMPORTED", f"kernel {version}")
+        found = population(KaggleStore(tmp_path / f"{version}/nbtrain", [tmp_path / f"{version - 1}"]))
+        close, left = found._rounds._close, iter(range(number))
+
+        def closing(row: Any, taken: Any) -> None:
+            close(row, taken)
+            if next(left) == number - 1:
+                found.stop()
+
+        found._rounds._close = closing  # type: ignore[method-assign]
+        return found.run()
+
+    for version, number in enumerate((2, 1, 3), 1):  # ended within a round
+        assert slices(version, number).state == "stopped"
+    assert_same_bits(bits(slices(4, 100)), bits(whole))
+    assert_same_bits(bits(population(tmp_path / "4/nbtrain")), bits(whole))

@@ -20,7 +20,7 @@ from nbtrain.budget import Budget
 from nbtrain.checkpoint import Snapshot
 from nbtrain.keeping import Keeping
 from nbtrain.saving import Latest, Saver
-from nbtrain.stores import MANIFEST, MemoryStore, Store
+from nbtrain.stores import MANIFEST, FolderStore, KaggleStore, MemoryStore, Store
 
 WAIT_S = 60.0  # only ever waited for where a test fails
 
@@ -361,6 +361,32 @@ def test_what_is_not_copied_yet_is_told_whatever_ended_last(near: Place, far: Pl
     far.let.set()
     assert saver.wait(timeout_s=WAIT_S)
     assert saver.pending_bytes == 0
+
+
+def test_the_best_goes_from_one_kaggle_version_to_the_next_by_each_output_alone(tmp_path: Path) -> None:
+    def version(number: int) -> KaggleStore:
+        return KaggleStore(tmp_path / f"{number}/nbtrain", [tmp_path / f"{number - 1}"])
+
+    save(open_saver(version(1)), 0.1, 0.7)
+    for number in (2, 3):
+        saver = open_saver(version(number))
+        save(saver, 0.5, 0.6, None)
+        best = open_saver(FolderStore(tmp_path / f"{number}/nbtrain")).best()
+        assert best is not None and checkpoint.load(best).number == 1
+    save(saver, 0.05)
+    assert [m.number for m in checkpoint.find([saver._near.output], "s")] == [9, 8]  # type: ignore[attr-defined]
+
+
+def test_a_damaged_best_in_a_kaggle_input_is_told_once_and_stops_no_save(tmp_path: Path) -> None:
+    save(open_saver(KaggleStore(tmp_path / "1")), 0.1, None, None)
+    [path] = tmp_path.glob("1/s/000001-*/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    saver = open_saver(KaggleStore(tmp_path / "2", [tmp_path / "1"]))
+    saver.request(snapshot(saver))
+    assert saver.wait(timeout_s=WAIT_S)
+    assert "has changed since it was written" in str(saver.failure())
+    save(saver, None, 0.2)
+    assert good(FolderStore(tmp_path / "2")) == [6, 5]
 
 
 def test_a_new_machine_goes_on_numbering_where_the_far_place_is(near: Place, far: Place) -> None:

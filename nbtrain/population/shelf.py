@@ -111,6 +111,10 @@ class Shelf(Saver):
         waiting = [s for s in self._unsaved if _key_of(s.facts) in wanted]
         self._unsaved = [*waiting, snapshot]
         self._clear(self._near)
+        with self._lock:
+            held = self._held[self._near.place]
+            needed = [m for m in held if _key(m) in wanted] + _open_parts(held)
+        self._bring(needed)  # first: a checkpoint that leans on what is elsewhere is none
         while self._unsaved:
             manifest = checkpoint.commit(self._near, self._session, self._unsaved[0])
             self._unsaved.pop(0)

@@ -50,6 +50,11 @@ class KaggleStore(FolderStore):
         self.inputs = tuple(Path(root) for root in inputs)
         self.place = f"Kaggle's output folder ({self.root})"
 
+    @cached_property
+    def output(self) -> FolderStore:
+        """The output alone: all that the next notebook has, if nothing else is attached to it."""
+        return FolderStore(self.root, degree="local")
+
     def list(self, prefix: str = "") -> Names:
         names = {name for name in super().list(prefix) if self._copy_of(name) is None}
         with explained(f"Listing {prefix or 'everything'}", "Kaggle's inputs"):
