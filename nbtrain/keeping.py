@@ -111,10 +111,16 @@ class Keeping:
         self.saver.request(Snapshot(number, model, tensors, state, recipe, facts, still))
         self._saved_at, self._place, self._reason = self._opened.clock(), live.place, reason
 
-    def secure(self) -> None:
-        """Save what somebody has set: after a kill the steps come again, but nobody sets it again."""
+    def secure(self, *, waits: bool) -> None:
+        """Save what somebody has set: after a kill the steps come again, but nobody sets it again.
+
+        Args:
+            waits: Whether to wait until it is on this machine: the cell that is run next may open it.
+        """
         if not self._live.is_torn and not (self.is_fresh and self._saved_at == -math.inf):
             self.request("")
+            if waits:
+                self.saver.wait(copies=False)
 
     def begin(self) -> None:
         """Save before the first step: the place of a new session is tried out now, not at hour one."""

@@ -400,4 +400,4 @@ class Loop(Driven):
         except ValueError as error:  # two changes, each of which could be made alone
             self.lines.warn(f"Not set: {error}")
         if is_told and len(live.journal.entries) > num_entries:
-            self.keeping.secure()
+            self.keeping.secure(waits=self._thread is None)
