@@ -141,16 +141,16 @@ def copy(manifest: Manifest, store: Store, sure: set[tuple[str, str]] | None = N
         StoreError: a store refused; what was committed there before is intact.
     """
     there = Manifest(manifest.session, manifest.id, manifest.facts, manifest.files, store)
-    shared = manifest.shared
+    shared, receipt = manifest.shared, there.path(MANIFEST)
     present = set(store.list(f"{manifest.session}/{manifest.id}"))
-    is_there = (receipt := there.path(MANIFEST)) in present
-    if not is_there or _read_manifest(store, receipt, told=True) is None:
+    is_torn = receipt in present and _read_manifest(store, receipt, told=True) is None
+    if is_torn or receipt not in present:
         # All is read before the slow writing begins: meanwhile retention may remove it over there.
         payload = {name: read(manifest, name) for name in manifest.files if name != shared}
         if shared is not None:
             sure = set() if sure is None else sure
             frozen.keep(store, manifest.session, shared, lambda: read(manifest, shared), sure)
-        remove(store, present if is_there else ())  # a kill has cut the receipt off
+        remove(store, present if is_torn else ())  # a kill has cut the receipt off
         for name, data in payload.items():
             store.write(there.path(name), data)
         store.write(receipt, _manifest_bytes(manifest))
@@ -327,15 +327,15 @@ def remove(store: Store, names: Iterable[str]) -> None:
 
 def best_of(manifests: Iterable[Manifest]) -> Manifest | None:
     """Return the checkpoint with the best score, the earliest of equals, if any."""
-    by_number = {manifest.number: manifest for manifest in manifests}
+    by_place = {(m.facts.get("stage", 0), m.number): m for m in manifests}
+    by_number = {place[1]: by_place[place] for place in judging.gone_on_with(by_place)}
     best = judging.best({number: manifest.facts for number, manifest in by_number.items()})
     return None if best is None else by_number[best]
 
 
 def ids(store: Store, session: str) -> set[str]:
     """Return the ids of a session's manifests in a store, unread."""
-    names = store.list(session)
-    found = {name.split("/")[1] for name in names if name.endswith("/" + MANIFEST)}
+    found = {n.split("/")[1] for n in store.list(session) if n.endswith("/" + MANIFEST)}
     return {id for id in found if ID.fullmatch(id)}
 
 

@@ -151,6 +151,15 @@ class Judging:
         return found | {LOSS: score if self.metric == LOSS else None}
 
 
+def gone_on_with(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Leave out the checkpoints that a later stage was not begun from, of (stage, number of commit).
+
+    Such as those of another kernel, or of a mount that showed them late: its numbers are no lower.
+    """
+    found = list(places)
+    return [(s, n) for s, n in found if not any(later > s and at <= n for later, at in found)]
+
+
 def best(facts: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Return which checkpoint has the best score, the earliest of equals, if any.
 

@@ -34,7 +34,9 @@ PAYLOAD = (MODEL, PARTS, STATE, RECIPE)
 HTML = b"<!DOCTYPE html><html><body>Sign in to continue to Google Drive</body></html>"
 
 
-def snapshot(number: int, *, step: int | None = None, valid_loss: float | None = None) -> Snapshot:
+def snapshot(
+    number: int, *, step: int | None = None, valid_loss: float | None = None, stage: int = 0
+) -> Snapshot:
     """Make a snapshot in which every file says the number."""
     return Snapshot(
         number=number,
@@ -42,7 +44,7 @@ def snapshot(number: int, *, step: int | None = None, valid_loss: float | None =
         tensors={"optimizer/0": torch.full((3,), float(number))},
         state={"number": number},
         recipe=f"NUMBER = {number}\n",
-        facts={"step": number if step is None else step, "valid_loss": valid_loss},
+        facts={"step": number if step is None else step, "valid_loss": valid_loss, "stage": stage},
     )
 
 
@@ -372,6 +374,18 @@ def test_a_commit_that_is_refused_anywhere_is_no_checkpoint_and_the_ones_before_
         with pytest.raises(StoreError, match="full"):
             commits(store, 2)
         assert numbers(checkpoint.find([store], "s")) == good(store) == [1]
+
+
+def test_the_best_is_none_of_a_way_that_was_not_gone_on_with() -> None:
+    ways = {1: {3: 0.8, 4: 0.7, 5: 0.1, 6: 0.2, 7: 0.3}, 2: {5: 0.6, 6: 0.5}}  # by stage and number
+    made = [
+        commits(MemoryStore(), number, valid_loss=loss, stage=stage)[0]
+        for stage, losses in ways.items()
+        for number, loss in losses.items()
+    ]
+    for given in (made, made[::-1]):
+        best = checkpoint.best_of(given)
+        assert best is not None and (best.facts["stage"], best.number) == (2, 6)
 
 
 def test_retention_keeps_the_newest_and_the_best() -> None:
