@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nbtrain.data import moved
-from nbtrain.errors import NbtrainWarning
+from nbtrain.errors import NbtrainWarning, SessionError
 from nbtrain.task import Task
 
 PRECISIONS = ("fp32", "bf16", "fp16", "mixed")
@@ -86,6 +86,13 @@ class Forward:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def not_entered(self) -> SessionError:
+        """Return the error for a loss that a loop of the user's own computed outside of it."""
+        return SessionError(
+            f"This loss was not computed in {self.precision}. Write: "
+            "with session.autocast(): loss = ..., and session.update(loss) after it."
+        )
 
     def run(self, task: Task, batch: Any) -> tuple[Tensor, float | None, Any]:
         """Return what `Task.run` gives for a batch that was moved."""

@@ -76,10 +76,7 @@ class Loop(Driven):
         if window is None or self._fed is None or self.runs_elsewhere:
             raise SessionError("update() goes with a batch: call it once inside the session's loop.")
         if not self._is_cast and self.live.forward.precision != "fp32":
-            raise SessionError(
-                f"This loss was not computed in {self.live.forward.precision}. Write: "
-                "with session.autocast(): loss = ..., and session.update(loss) after it."
-            )
+            raise self.live.forward.not_entered()
         num_samples = self._fed
         try:
             self.live.add(loss, num_samples if n is None else n, named)
