@@ -35,6 +35,7 @@ class Window:
     micro_step: int = 0
     weight: float = 0.0
     loss: Tensor | None = field(default=None, repr=False)
+    has_gradient: bool = field(default=False, repr=False)
     named: dict[str, tuple[Any, float]] = field(default_factory=dict, repr=False)
 
     @property
@@ -42,7 +43,13 @@ class Window:
         """Whether every micro-step is done."""
         return self.micro_step == self.num_micro_steps
 
-    def add(self, loss: Tensor, n: float, scaler: torch.amp.GradScaler | None = None) -> None:
+    def add(
+        self,
+        loss: Tensor,
+        n: float,
+        scaler: torch.amp.GradScaler | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         """Run backward for a micro-step's mean loss, which stands for n samples.
 
         Args:
@@ -50,10 +57,17 @@ class Window:
             n: Samples in it; or tokens, boxes: whatever the mean was taken over. Where that is 0, the
                 loss adds nothing.
             scaler: Keeps the small gradients of fp16, which are unscaled before `finish`.
+            optimizer: Has the parameters whose gradients are gathered.
 
         Raises:
-            TaskError: nothing was counted in the whole window, so that it has no mean.
+            TaskError: nothing was counted in the whole window, so that it has no mean; or the gradients
+                of its earlier micro-steps were thrown away.
         """
+        if self.has_gradient and not _has_gradient(optimizer):
+            raise TaskError(
+                f"The gradients of the {self.micro_step} micro-batches before this one are gone. "
+                "session.update() zeroes them after each step: leave optimizer.zero_grad() out."
+            )
         share = n / self.num_samples
         try:
             # With one micro-step a window the share is 1: the very bits of a plain loop.
@@ -64,6 +78,8 @@ class Window:
             if "second time" in str(error):
                 error.add_note("session.update(loss) does the backward: leave loss.backward() out.")
             raise
+        if self.num_micro_steps > 1:
+            self.has_gradient = _has_gradient(optimizer)
         part = loss.detach() * share
         self.loss = part if self.loss is None else self.loss + part
         self.weight += n
@@ -97,6 +113,11 @@ class Window:
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         return self.loss
+
+
+def _has_gradient(optimizer: torch.optim.Optimizer | None) -> bool:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def cuts(num_samples: int, room: int | None) -> list[int]:

@@ -194,7 +194,7 @@ class Live:
         """
         window = self.window
         assert window is not None
-        window.add(loss, n, self.scaler)
+        window.add(loss, n, self.scaler, self.task.optimizer)
         window.log(named, n)
         if window.is_full:
             self._update(window)

@@ -147,6 +147,32 @@ def test_an_error_in_the_users_loop_loses_nothing(tmp_path: Path) -> None:
     assert_same_bits(bits(run), bits(session(tmp_path / "whole").run()))
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_zero_grad_that_was_left_in_the_loop_is_told(tmp_path: Path, first: bool) -> None:
+    """It would throw away all micro-batches of a window but the last, in silence."""
+    run = session(tmp_path / "left")
+
+    def cell(*, has_line: bool) -> None:
+        for batch in run:
+            loss, _, _ = run.task.run(batch)
+            if has_line and first:
+                run.task.optimizer.zero_grad()
+            run.update(loss)
+            if has_line and not first:
+                run.task.optimizer.zero_grad()
+
+    with pytest.raises(
+        TaskError, match=r"the 1 micro-batches before .* leave optimizer.zero_grad\(\) out"
+    ):
+        cell(has_line=True)
+    cell(has_line=False)
+    assert_same_bits(bits(run), bits(session(tmp_path / "whole").run()))
+    alone = session(tmp_path / "alone", accumulate=1, batch_size=9)
+    for batch in alone:
+        alone.update(alone.task.run(batch)[0])
+        alone.task.optimizer.zero_grad()  # needless there, and harmless
+
+
 def test_pause_keeps_the_workers_and_stop_ends_them(tmp_path: Path) -> None:
     run = session(tmp_path, num_workers=1, epochs=None, decay="constant")
     for order in (run.pause, run.stop):

@@ -397,6 +397,23 @@ def test_a_folder_where_a_crash_left_only_temp_files_goes_at_a_later_write(tmp_p
     assert store.list() == ["cifar/000000-aaaaaa/x", MODEL]
 
 
+def test_a_folder_that_another_process_removes_meanwhile_fails_no_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "cifar/000001-aaaaaa"
+    gone.mkdir(parents=True)
+    real = os.listdir
+
+    def listdir(folder: Any) -> list[str]:
+        if Path(folder) == gone:
+            gone.rmdir()
+        return real(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    FolderStore(tmp_path).write(MODEL, b"x")
+    assert not gone.exists() and FolderStore(tmp_path).read(MODEL) == b"x"
+
+
 def test_what_others_put_into_the_folder_is_not_listed_and_not_removed(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.write(MODEL, b"x")

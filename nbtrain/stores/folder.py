@@ -229,12 +229,12 @@ def _sweep(session: Path) -> None:
     Nobody else ever would: they are never listed, and their ids are never used again.
     """
     for folder in sorted(entry for entry in session.iterdir() if not entry.is_symlink()):
-        if not folder.is_dir() or not (temps := os.listdir(folder)):
+        if not folder.is_dir():
             continue
         # One written to in the last hour may belong to another notebook of the same session.
         # What vanishes meanwhile was theirs, and no concern of ours.
         with suppress(FileNotFoundError):
-            if all(
+            if (temps := os.listdir(folder)) and all(
                 _is_temp(name) and os.lstat(folder / name).st_mtime < time.time() - _STALE_S
                 for name in temps
             ):
