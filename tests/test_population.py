@@ -227,6 +227,17 @@ def test_a_kernel_that_computes_otherwise_since_is_told_when_it_goes_on(
     assert again.status()["differences"] == [f"CPU threads: {threads} -> {threads + 1}"]
 
 
+def test_another_code_of_build_is_told_and_the_resume_is_approximate(tmp_path: Path) -> None:
+    population(tmp_path, epochs=1).run()
+
+    def other(lr: float = 0.05, weight_decay: float = 0.0) -> nbtrain.Task:
+        return build(lr, weight_decay)
+
+    again = population(tmp_path, epochs=2, build=other).status()
+    assert again["grade"] == "approximate"
+    assert [told.partition(":")[0] for told in again["differences"]] == ["code of build"]
+
+
 def test_longer_runs_go_on_from_the_end_of_shorter_ones(tmp_path: Path) -> None:
     short = population(tmp_path, decay="constant", epochs=2).run()
     assert short.is_done and len(short.history) == 6
